@@ -1,0 +1,56 @@
+"""Keeps what coding agents did: sessions and events in PostgreSQL or MySQL."""
+
+import logging
+
+from contextuate_persist.config import open_store
+from contextuate_persist.errors import (
+    ConfigurationError,
+    InvalidBatch,
+    InvalidRecord,
+    PersistenceError,
+    Refusal,
+    SchemaError,
+    SessionNotFound,
+    StoreClosed,
+    StoreRefused,
+    StoreUnavailable,
+)
+from contextuate_persist.model import (
+    Cursor,
+    Health,
+    MonitorEvent,
+    SaveResult,
+    SessionMeta,
+    SessionNode,
+    SessionStatus,
+    TokenUsage,
+)
+from contextuate_persist.protocol import PersistenceStore
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ConfigurationError",
+    "Cursor",
+    "Health",
+    "InvalidBatch",
+    "InvalidRecord",
+    "MonitorEvent",
+    "PersistenceError",
+    "PersistenceStore",
+    "Refusal",
+    "SaveResult",
+    "SchemaError",
+    "SessionMeta",
+    "SessionNode",
+    "SessionNotFound",
+    "SessionStatus",
+    "StoreClosed",
+    "StoreRefused",
+    "StoreUnavailable",
+    "TokenUsage",
+    "open_store",
+]
+
+# Silent unless the application asks for more.
+logging.getLogger("contextuate_persist").addHandler(logging.NullHandler())
