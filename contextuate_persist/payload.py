@@ -1,0 +1,286 @@
+"""Exact JSON: what of a payload goes into the queryable column, and what into the exact sidecar.
+
+Neither jsonb nor MySQL's JSON holds every JSON object that Python can: NUL, lone surrogates,
+integers past 64 bits, large floats and deep nesting fail or come back changed. Such a payload is
+kept whole, as bytes, in the sidecar; the column then holds the closest queryable projection.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import orjson
+
+from contextuate_persist.errors import InvalidRecord, PersistenceError
+
+#: Bytes of UTF-8 JSON that a payload may have, on both databases. Four of them fit MySQL's default
+#: max_allowed_packet (64 MiB), which a statement of escaped text may need.
+MAX_PAYLOAD_BYTES = 16 * 2**20
+#: Containers inside one another, the payload itself included. Python's own json module stops near
+#: 1,000, less the depth of its caller.
+MAX_DEPTH = 512
+
+# Above this a payload lies in the sidecar: nobody searches it, bytea and LONGBLOB need no parsing,
+# and MySQL cannot read back a JSON value whose text outgrows the packet limit (number lists do).
+_SIDECAR_BYTES = 2**20
+_SIDECAR_DEPTH = 64  # MySQL's JSON ends at 100
+_SIDECAR_KEY = 16_383  # characters; MySQL's keys end at 65,535 bytes
+_EXACT_INTEGERS = 2**53  # jsonb turns larger floats into integers, MySQL keeps 64 bits
+_NOT_IN_COLUMNS = re.compile("[\x00\ud800-\udfff]")
+_ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+
+_OUTLINE_BYTES = 2**18
+_OUTLINE_TEXT = 1_000
+_OUTLINE_DEPTH = 8
+
+
+class Encoded(NamedTuple):
+    """An event's payload ready to store: JSON for the column, and the sidecar or None."""
+
+    json: bytes
+    exact: bytes | None
+
+
+def encode(data: dict[str, Any], working_directory: str = "") -> Encoded:
+    """Encode a payload, and the one free text that is stored beside it.
+
+    Raises InvalidRecord, naming the place, for what cannot be kept exactly: NaN and infinity, keys
+    that are no strings, values that JSON does not have (tuples, dates, bytes ...), and what is over
+    MAX_PAYLOAD_BYTES or MAX_DEPTH.
+    """
+    text, exact = _encode_data(data)
+    parts = [] if exact is None else [b'"data":' + exact]
+    if not fits_text(working_directory):
+        parts.append(b'"working_directory":' + _exact_json(working_directory))
+    return Encoded(text, b"{" + b",".join(parts) + b"}" if parts else None)
+
+
+def decode(
+    text: bytes | bytearray | str, exact: bytes | None, working_directory: str = ""
+) -> tuple[dict[str, Any], str]:
+    """What `encode` was given; raises PersistenceError for a column that holds no payload.
+
+    MySQL reads a JSON value that has outgrown its packet limit as '', without an error.
+    """
+    kept = {} if exact is None else _loads_exact(exact)
+    try:
+        data = kept["data"] if "data" in kept else orjson.loads(text)
+    except ValueError as error:
+        raise PersistenceError(f"a stored payload cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise PersistenceError("a stored payload is not a JSON object")
+    return data, kept.get("working_directory", working_directory)
+
+
+def _encode_data(data: dict[str, Any]) -> tuple[bytes, bytes | None]:
+    if _survey(data):
+        try:
+            text = orjson.dumps(data)
+        except TypeError:
+            pass  # a lone surrogate: only the standard encoder writes it
+        else:
+            _check_size(len(text))
+            if len(text) > _SIDECAR_BYTES:
+                return orjson.dumps(_outline(data)), text
+            if b"\\u0000" not in text or not _ESCAPED_NUL.search(text):
+                return text, None
+    exact = _exact_json(data)
+    _check_size(len(exact))
+    if len(exact) <= _SIDECAR_BYTES:
+        text = orjson.dumps(_project(data, 1))
+        if len(text) <= _SIDECAR_BYTES:
+            return text, exact
+    return orjson.dumps(_outline(data)), exact
+
+
+def _exact_json(value: Any) -> bytes:
+    # Not ensure_ascii: its escapes would join a high and a low surrogate that stand side by side.
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (RecursionError, ValueError, TypeError) as error:
+        raise InvalidRecord(f"data: cannot be kept: {error}") from error
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _loads_exact(exact: bytes) -> Any:
+    try:
+        return json.loads(bytes(exact).decode("utf-8", "surrogatepass"))
+    except RecursionError:  # orjson nests deeper, but would round integers past 64 bits
+        return orjson.loads(exact)
+
+
+def contains(document: Any, part: Any) -> bool:
+    """Whether `part` is contained in `document`, by the rule of jsonb's `@>`, exactly.
+
+    An object contains another if it has all its keys with values that contain theirs; an array, if
+    each item of the other is contained in one of its own; anything else, if it is equal. True is
+    not 1, and 1 is 1.0. The databases' own operators differ in detail; they only preselect.
+    """
+    if isinstance(part, Mapping):
+        return isinstance(document, Mapping) and all(
+            key in document and contains(document[key], value) for key, value in part.items()
+        )
+    if isinstance(part, list):
+        return isinstance(document, list) and all(
+            any(contains(item, wanted) for item in document) for wanted in part
+        )
+    if isinstance(part, bool) or isinstance(document, bool):
+        return part is document
+    return bool(part == document)
+
+
+def fits_text(text: str) -> bool:
+    """Whether a text column of either database holds this text exactly."""
+    return not _NOT_IN_COLUMNS.search(text)
+
+
+def column_text(text: str) -> str:
+    """The text as a text column can hold it: NUL and lone surrogates become U+FFFD."""
+    return _NOT_IN_COLUMNS.sub("\ufffd", text)
+
+
+def pack_text(text: str) -> str:
+    """Wrap a text that no column holds into one that every JSON column does."""
+    return base64.b64encode(text.encode("utf-8", "surrogatepass")).decode("ascii")
+
+
+def unpack_text(packed: str) -> str:
+    """The text that `pack_text` was given."""
+    return base64.b64decode(packed).decode("utf-8", "surrogatepass")
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_PAYLOAD_BYTES:
+        raise InvalidRecord(f"data: {size:,} bytes of JSON, at most {MAX_PAYLOAD_BYTES:,} are kept")
+
+
+def _survey(data: dict[str, Any]) -> bool:  # noqa: C901, PLR0912  (one loop, once per value)
+    """Whether all values fit the JSON columns; raises InvalidRecord for what no JSON holds.
+
+    orjson alone would write NaN as null and dates as strings without a word. Level by level, so
+    that depth costs no recursion; the place of a fault is only looked for once there is one.
+    """
+    fits = True
+    level: list[Any] = [data]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise InvalidRecord(f"data: nested more than {MAX_DEPTH} deep")
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, dict):
+                for key in node:
+                    if not isinstance(key, str):
+                        raise _fault(data, key)
+                    if len(key) > _SIDECAR_KEY:
+                        fits = False
+                values: Any = node.values()
+            else:
+                values = node
+            for value in values:
+                kind = type(value)
+                if kind is str or kind is bool or value is None:
+                    continue
+                if kind is int:
+                    if not -(2**63) <= value < 2**64:
+                        fits = False
+                elif isinstance(value, dict | list):
+                    below.append(value)
+                elif isinstance(value, float):
+                    if not math.isfinite(value):
+                        raise _fault(data, value)
+                    # jsonb also forgets the sign of -0.0.
+                    if abs(value) >= _EXACT_INTEGERS or (not value and math.copysign(1, value) < 0):
+                        fits = False
+                elif isinstance(value, str | int):
+                    fits = False  # a subclass: the standard encoder writes its plain value
+                else:
+                    raise _fault(data, value)
+        level = below
+    return fits and depth <= _SIDECAR_DEPTH
+
+
+def _fault(data: Any, culprit: object) -> InvalidRecord:
+    """Say where in the payload the culprit is, and what it is."""
+    stack: list[tuple[str, Any]] = [("data", data)]
+    while stack:
+        place, node = stack.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if key is culprit:
+                return InvalidRecord(f"{place}: the key {_shown(key)} is not a string")
+            here = f"{place}.{_shown(key)[1:-1]}" if isinstance(key, str) else f"{place}[{key}]"
+            if value is culprit:
+                if isinstance(value, float):
+                    return InvalidRecord(f"{here}: JSON has no {value}")
+                hint = " (make it a list)" if isinstance(value, tuple) else ""
+                return InvalidRecord(f"{here}: JSON has no {type(value).__name__}{hint}")
+            if isinstance(value, dict | list):
+                stack.append((here, value))
+    raise AssertionError("the culprit was seen a moment ago")  # pragma: no cover
+
+
+def _shown(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 40 else text[:36] + "..." + text[-1]
+
+
+def _project(value: Any, depth: int) -> Any:
+    """The closest value that both databases' JSON columns hold."""
+    if isinstance(value, str):
+        return column_text(value)
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return int(value) if -(2**63) <= value < 2**64 else _nearest_float(value)
+    if isinstance(value, float):
+        return float(value)
+    if depth >= _SIDECAR_DEPTH:
+        return None
+    if isinstance(value, dict):
+        return {
+            column_text(key[:_SIDECAR_KEY]): _project(item, depth + 1)
+            for key, item in value.items()
+        }
+    return [_project(item, depth + 1) for item in value]
+
+
+def _nearest_float(value: int) -> float | str:
+    try:
+        return float(value)
+    except OverflowError:
+        return column_text(str(value))
+
+
+def _outline(data: dict[str, Any]) -> Any:
+    """A small projection of a large payload: the beginning of everything, long texts cut."""
+    left = _OUTLINE_BYTES
+
+    def outline(value: Any, depth: int) -> Any:
+        nonlocal left
+        if isinstance(value, str):
+            value = column_text(value[:_OUTLINE_TEXT])
+            left -= 4 * len(value)
+            return value
+        left -= 24  # the longest number, or brackets
+        if not isinstance(value, dict | list):
+            return _project(value, depth)
+        if depth > _OUTLINE_DEPTH:
+            return None
+        kept: Any = {} if isinstance(value, dict) else []
+        for item in value:
+            if left <= 0:
+                break
+            if isinstance(value, dict):
+                key = outline(item, depth)
+                kept[key] = outline(value[item], depth + 1)
+            else:
+                kept.append(outline(item, depth + 1))
+        return kept
+
+    return outline(data, 1)
