@@ -1,0 +1,889 @@
+"""Everything PostgreSQL: the statements, the store, its connections, its errors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import psycopg
+import psycopg_pool
+from psycopg import errors as pg
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.types.json import Jsonb
+
+from contextuate_persist import base, payload, schema
+from contextuate_persist.base import BaseStore, EventRow, Fault, Seed
+from contextuate_persist.config import is_local
+from contextuate_persist.errors import ConfigurationError, SchemaError, StoreUnavailable
+from contextuate_persist.model import Health
+
+# --- Events ---------------------------------------------------------------------------------------
+
+# The usual event: its session is known, and the event tells nothing new about it. One statement, so
+# no transaction; it inserts nothing where the full way below has something to do.
+INSERT_EVENT = """
+INSERT INTO events (
+    id, session_id, timestamp, event_type, event_type_name, hook_type, hook_type_name,
+    parent_session_id, machine_id, working_directory, tool_name, tool_use_id, data, exact
+)
+SELECT
+    %(id)s::uuid, s.session_id, %(timestamp)s::bigint,
+    %(event_type)s::monitor_event_type, %(event_type_name)s::varchar,
+    %(hook_type)s::claude_hook_type, %(hook_type_name)s::varchar,
+    %(parent_session_id)s::varchar, %(machine_id)s::varchar, %(working_directory)s::text,
+    %(tool_name)s::varchar, %(tool_use_id)s::varchar, %(data)s::jsonb, %(exact)s::bytea
+FROM sessions AS s
+WHERE s.session_id = %(session_id)s
+    AND (
+        s.known_from = 'session'
+        OR s.known_from = 'event'
+            AND s.start_time <= %(timestamp)s
+            AND (%(parent_session_id)s::varchar IS NULL OR s.parent_session_id IS NOT NULL)
+    )
+    AND NOT EXISTS (
+        SELECT FROM deleted_sessions AS d
+        WHERE d.session_id = s.session_id AND d.deleted_at >= %(timestamp)s
+    )
+ON CONFLICT (id) DO NOTHING
+"""
+
+# First of all locks every session that a transaction touches, in the order of their ids: whoever
+# writes holds them in this order, so nobody waits in a circle. Where the WHERE is false the row is
+# locked all the same, but not rewritten.
+SEED_SESSIONS = """
+INSERT INTO sessions AS s (
+    session_id, machine_id, working_directory, start_time, known_from, exact
+)
+SELECT session_id, machine_id, working_directory, start_time, known_from, exact::jsonb
+FROM unnest(
+    %(session_ids)s::text[], %(machine_ids)s::text[], %(working_directories)s::text[],
+    %(start_times)s::bigint[], %(known_from)s::text[], %(exact)s::text[]
+) AS seed (session_id, machine_id, working_directory, start_time, known_from, exact)
+ON CONFLICT (session_id) DO UPDATE SET
+    machine_id = EXCLUDED.machine_id,
+    working_directory = EXCLUDED.working_directory,
+    start_time = EXCLUDED.start_time,
+    known_from = EXCLUDED.known_from,
+    exact = EXCLUDED.exact
+WHERE EXCLUDED.known_from = 'event'
+    AND (
+        s.known_from = 'reference'
+        OR s.known_from = 'event' AND EXCLUDED.start_time < s.start_time
+    )
+"""
+
+LINK_PARENTS = """
+UPDATE sessions AS s
+SET parent_session_id = link.parent_id
+FROM unnest(%(children)s::text[], %(parents)s::text[]) AS link (child_id, parent_id)
+WHERE s.session_id = link.child_id
+    AND s.known_from <> 'session'
+    AND s.parent_session_id IS NULL
+"""
+
+SELECT_DELETIONS = """
+SELECT session_id, deleted_at
+FROM deleted_sessions
+WHERE session_id = ANY(%(session_ids)s::text[])
+"""
+
+UNDELETE_SESSIONS = """
+DELETE FROM deleted_sessions
+WHERE session_id = ANY(%(session_ids)s::text[])
+"""
+
+INSERT_EVENTS = """
+INSERT INTO events (
+    id, session_id, timestamp, event_type, event_type_name, hook_type, hook_type_name,
+    parent_session_id, machine_id, working_directory, tool_name, tool_use_id, data, exact
+)
+VALUES (
+    %(id)s, %(session_id)s, %(timestamp)s, %(event_type)s, %(event_type_name)s, %(hook_type)s,
+    %(hook_type_name)s, %(parent_session_id)s, %(machine_id)s, %(working_directory)s,
+    %(tool_name)s, %(tool_use_id)s, %(data)s, %(exact)s
+)
+ON CONFLICT (id) DO NOTHING
+"""
+
+SELECT_EVENTS = """
+SELECT
+    e.id::text AS id, e.seq, e.timestamp, e.session_id, e.parent_session_id, e.machine_id,
+    e.working_directory, COALESCE(e.event_type_name, e.event_type::text) AS event_type,
+    COALESCE(e.hook_type_name, e.hook_type::text) AS hook_type, e.data, e.exact
+FROM events AS e
+"""
+
+SELECT_EVENT = SELECT_EVENTS + "WHERE e.id = %(id)s AND e.session_id = %(session_id)s"
+
+# Filters come as fixed clauses: one statement with `%s IS NULL OR` for each would, once prepared,
+# be planned for all of them and use no index.
+EVENT_CLAUSES = {
+    "session_id": "e.session_id = %(session_id)s",
+    "machine_id": "e.machine_id = %(machine_id)s",
+    "parent_session_id": "e.parent_session_id = %(parent_session_id)s",
+    "tool_name": "e.tool_name = %(tool_name)s",
+    "tool_use_id": "e.tool_use_id = %(tool_use_id)s",
+    "before": "(e.timestamp, e.seq) < (%(before_timestamp)s, %(before_seq)s)",
+    "after": "(e.timestamp, e.seq) > (%(after_timestamp)s, %(after_seq)s)",
+}
+# A type is found by its member or by its name: rows of a new member may still be under 'other'. As
+# two branches of a UNION, since with an OR no index gives the order any more.
+TYPE_CLAUSES = {
+    "event_type": (
+        "e.event_type = %(event_type)s::monitor_event_type AND e.event_type_name IS NULL",
+        "e.event_type_name = %(event_type)s::text",
+    ),
+    "hook_type": (
+        "e.hook_type = %(hook_type)s::claude_hook_type AND e.hook_type_name IS NULL",
+        "e.hook_type_name = %(hook_type)s::text",
+    ),
+}
+# Where the column is a projection only the exact payload can tell.
+CONTAINS_CLAUSES = ("e.exact IS NULL AND e.data @> %(contains)s", "e.exact IS NOT NULL")
+# What idx_events_data leaves out, since nobody searches it and it is most of a payload.
+BIG_KEYS = (
+    "toolInput",
+    "toolOutput",
+    "toolCalls",
+    "message",
+    "assistantResponse",
+    "thinking",
+    "thinkingBlocks",
+    "hook",
+    "line",
+)
+CONTAINS_INDEXED = "(e.data - '{" + ",".join(BIG_KEYS) + "}'::text[]) @> %(contains_indexed)s AND "
+
+COUNT_EVENTS = """
+SELECT COALESCE(e.event_type_name, e.event_type::text), count(*)
+FROM events AS e
+GROUP BY e.event_type, e.event_type_name
+"""
+
+COUNT_SESSION_EVENTS = """
+SELECT COALESCE(e.event_type_name, e.event_type::text), count(*)
+FROM events AS e
+WHERE e.session_id = %(session_id)s
+GROUP BY e.event_type, e.event_type_name
+"""
+
+SELECT_TYPES = """
+SELECT t.typname, e.enumlabel
+FROM pg_catalog.pg_enum AS e JOIN pg_catalog.pg_type AS t ON t.oid = e.enumtypid
+WHERE t.oid IN (to_regtype('monitor_event_type'), to_regtype('claude_hook_type'))
+"""
+
+# --- Sessions -------------------------------------------------------------------------------------
+
+# How a save merges is the protocol's to say; EXCLUDED is what was given, s what is known.
+SAVE_SESSION = """
+INSERT INTO sessions AS s (
+    session_id, machine_id, working_directory, start_time, end_time, status,
+    parent_session_id, manual_parent_session_id, child_session_ids,
+    agent_type, model, transcript_path, is_user_initiated, is_pinned, hidden, label,
+    token_usage_input, token_usage_output, token_usage_cache_read, token_usage_cache_creation,
+    known_from, exact
+)
+VALUES (
+    %(session_id)s, %(machine_id)s, %(working_directory)s, %(start_time)s,
+    CASE WHEN %(status)s <> 'active' THEN %(end_time)s::bigint END, %(status)s::session_status,
+    %(parent_session_id)s, %(manual_parent_session_id)s, %(child_session_ids)s::jsonb,
+    %(agent_type)s, %(model)s, %(transcript_path)s,
+    COALESCE(%(is_user_initiated)s::boolean, TRUE), COALESCE(%(is_pinned)s::boolean, FALSE),
+    COALESCE(%(hidden)s::boolean, FALSE), %(label)s,
+    %(token_usage_input)s, %(token_usage_output)s, %(token_usage_cache_read)s,
+    %(token_usage_cache_creation)s,
+    'session', NULLIF(jsonb_strip_nulls(%(exact)s::jsonb), '{}')
+)
+ON CONFLICT (session_id) DO UPDATE SET
+    machine_id = EXCLUDED.machine_id,
+    working_directory = EXCLUDED.working_directory,
+    start_time = EXCLUDED.start_time,
+    end_time = EXCLUDED.end_time,
+    status = EXCLUDED.status,
+    parent_session_id = COALESCE(EXCLUDED.parent_session_id, s.parent_session_id),
+    manual_parent_session_id =
+        COALESCE(EXCLUDED.manual_parent_session_id, s.manual_parent_session_id),
+    child_session_ids = s.child_session_ids || (
+        SELECT COALESCE(jsonb_agg(given.child ORDER BY given.position), '[]')
+        FROM jsonb_array_elements(EXCLUDED.child_session_ids)
+            WITH ORDINALITY AS given (child, position)
+        WHERE NOT s.child_session_ids @> given.child
+    ),
+    agent_type = COALESCE(EXCLUDED.agent_type, s.agent_type),
+    model = COALESCE(EXCLUDED.model, s.model),
+    transcript_path = COALESCE(EXCLUDED.transcript_path, s.transcript_path),
+    is_user_initiated = COALESCE(%(is_user_initiated)s::boolean, s.is_user_initiated),
+    is_pinned = COALESCE(%(is_pinned)s::boolean, s.is_pinned),
+    hidden = COALESCE(%(hidden)s::boolean, s.hidden),
+    label = COALESCE(EXCLUDED.label, s.label),
+    (
+        token_usage_input, token_usage_output, token_usage_cache_read, token_usage_cache_creation
+    ) = (
+        SELECT
+            CASE WHEN ledger.decides THEN s.token_usage_input ELSE EXCLUDED.token_usage_input END,
+            CASE WHEN ledger.decides THEN s.token_usage_output ELSE EXCLUDED.token_usage_output END,
+            CASE
+                WHEN ledger.decides THEN s.token_usage_cache_read
+                ELSE COALESCE(EXCLUDED.token_usage_cache_read, s.token_usage_cache_read)
+            END,
+            CASE
+                WHEN ledger.decides THEN s.token_usage_cache_creation
+                ELSE COALESCE(EXCLUDED.token_usage_cache_creation, s.token_usage_cache_creation)
+            END
+        FROM (
+            SELECT EXISTS (
+                SELECT FROM token_ledger AS t WHERE t.session_id = s.session_id
+            ) AS decides
+        ) AS ledger
+    ),
+    known_from = 'session',
+    exact = NULLIF(jsonb_strip_nulls(COALESCE(s.exact, '{}') || %(exact)s::jsonb), '{}')
+"""
+
+# Two columns are computed: the sessions whose effective parent this one is, and the ids that were
+# listed although they are deleted or belong to another.
+SELECT_SESSIONS = """
+SELECT
+    s.session_id, s.machine_id, s.working_directory, s.start_time, s.end_time, s.status::text,
+    s.parent_session_id, s.manual_parent_session_id, s.child_session_ids,
+    s.agent_type, s.model, s.transcript_path, s.is_user_initiated, s.is_pinned, s.hidden, s.label,
+    s.token_usage_input, s.token_usage_output, s.token_usage_cache_read,
+    s.token_usage_cache_creation, s.exact,
+    (
+        SELECT jsonb_agg(jsonb_build_array(child.start_time, child.session_id))
+        FROM sessions AS child
+        WHERE child.effective_parent_id = s.session_id
+    ) AS linked_children,
+    (
+        SELECT jsonb_agg(listed.session_id)
+        FROM jsonb_array_elements_text(s.child_session_ids) AS listed (session_id)
+        LEFT JOIN sessions AS child ON child.session_id = listed.session_id
+        LEFT JOIN deleted_sessions AS gone ON gone.session_id = listed.session_id
+        WHERE child.effective_parent_id <> s.session_id
+            OR child.session_id IS NULL AND gone.session_id IS NOT NULL
+    ) AS strangers
+FROM sessions AS s
+"""
+
+SESSION_CLAUSES = {
+    "session_id": "s.session_id = %(session_id)s",
+    "status": "s.status = %(status)s::session_status",
+    "machine_id": "s.machine_id = %(machine_id)s",
+    "effective_parent_id": "s.effective_parent_id = %(effective_parent_id)s",
+    "hidden": "s.hidden = %(hidden)s",
+    "started_after": "s.start_time > %(started_after)s",
+    "started_before": "s.start_time < %(started_before)s",
+}
+
+# By id and with UNION, so that a cycle ends where it began.
+SELECT_SUBTREE = (
+    """
+WITH RECURSIVE subtree (session_id) AS (
+    SELECT s.session_id
+    FROM sessions AS s
+    WHERE s.session_id = %(session_id)s AND s.known_from <> 'reference'
+    UNION
+    SELECT child.session_id
+    FROM subtree JOIN sessions AS child ON child.effective_parent_id = subtree.session_id
+)
+"""
+    + SELECT_SESSIONS
+    + "JOIN subtree ON subtree.session_id = s.session_id"
+)
+
+UPDATE_CLAUSES = {
+    "machine_id": "machine_id = %(machine_id)s",
+    "working_directory": "working_directory = %(working_directory)s",
+    "start_time": "start_time = %(start_time)s",
+    "end_time": "end_time = %(end_time)s",
+    "status": "status = %(status)s::session_status",
+    "parent_session_id": "parent_session_id = %(parent_session_id)s",
+    "manual_parent_session_id": "manual_parent_session_id = %(manual_parent_session_id)s",
+    "child_session_ids": "child_session_ids = %(child_session_ids)s::jsonb",
+    "agent_type": "agent_type = %(agent_type)s",
+    "model": "model = %(model)s",
+    "transcript_path": "transcript_path = %(transcript_path)s",
+    "is_user_initiated": "is_user_initiated = %(is_user_initiated)s",
+    "is_pinned": "is_pinned = %(is_pinned)s",
+    "hidden": "hidden = %(hidden)s",
+    "label": "label = %(label)s",
+    "exact": "exact = NULLIF(jsonb_strip_nulls(COALESCE(exact, '{}') || %(exact)s::jsonb), '{}')",
+} | {
+    column: f"{column} = CASE WHEN EXISTS ("
+    "SELECT FROM token_ledger AS t WHERE t.session_id = sessions.session_id"
+    f") THEN {column} ELSE %({column})s END"
+    for column in (
+        "token_usage_input",
+        "token_usage_output",
+        "token_usage_cache_read",
+        "token_usage_cache_creation",
+    )
+}
+# A parent that is not stored yet, made from what its child knows.
+REFER_TO_PARENT = """
+INSERT INTO sessions (session_id, machine_id, working_directory, start_time, known_from)
+SELECT %(parent_id)s, child.machine_id, child.working_directory, child.start_time, 'reference'
+FROM sessions AS child
+WHERE child.session_id = %(session_id)s
+ON CONFLICT (session_id) DO NOTHING
+"""
+# Once somebody has said where and when a session began, events correct that no more.
+FIRM_COLUMNS = {"machine_id", "working_directory", "start_time", "parent_session_id"}
+
+# Deleting takes three steps under locks taken in the order of ids: children lose their parent,
+# lists lose the id, then the row goes, its events with it (foreign key).
+LOCK_FAMILY = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE s.session_id = %(session_id)s
+    OR s.parent_session_id = %(session_id)s
+    OR s.effective_parent_id = %(session_id)s
+    OR s.child_session_ids ? %(session_id)s
+ORDER BY s.session_id
+FOR UPDATE
+"""
+
+LOCK_SESSIONS = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE s.session_id = ANY(%(session_ids)s::text[])
+ORDER BY s.session_id
+FOR UPDATE
+"""
+
+ORPHAN_CHILDREN = """
+UPDATE sessions
+SET
+    parent_session_id = NULLIF(parent_session_id, %(session_id)s),
+    manual_parent_session_id = NULLIF(manual_parent_session_id, %(session_id)s)
+WHERE parent_session_id = %(session_id)s OR effective_parent_id = %(session_id)s
+"""
+
+UNLIST_CHILDREN = """
+UPDATE sessions
+SET child_session_ids = child_session_ids - %(session_ids)s::text[]
+WHERE child_session_ids ?| %(session_ids)s::text[]
+"""
+
+# An event dated later than the server's clock must not bring its session back either.
+REMEMBER_DELETIONS = """
+INSERT INTO deleted_sessions (session_id, deleted_at)
+SELECT
+    s.session_id,
+    GREATEST(
+        (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
+        (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id)
+    )
+FROM sessions AS s
+WHERE s.session_id = ANY(%(session_ids)s::text[])
+ON CONFLICT (session_id) DO UPDATE SET deleted_at = EXCLUDED.deleted_at
+"""
+
+DELETE_SESSIONS = """
+DELETE FROM sessions
+WHERE session_id = ANY(%(session_ids)s::text[])
+RETURNING known_from
+"""
+
+SELECT_SESSION_IDS = """
+SELECT s.session_id
+FROM sessions AS s
+"""
+
+# A session that is not due keeps everything that hangs together with it, step by step.
+SELECT_PRUNABLE = """
+WITH RECURSIVE state AS (
+    SELECT
+        s.session_id,
+        NOT s.is_pinned AND COALESCE(
+            s.end_time,
+            (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
+            s.start_time
+        ) < %(older_than)s AS due
+    FROM sessions AS s
+),
+links (session_id, neighbour_id) AS (
+    SELECT session_id, effective_parent_id FROM sessions WHERE effective_parent_id IS NOT NULL
+    UNION ALL
+    SELECT effective_parent_id, session_id FROM sessions WHERE effective_parent_id IS NOT NULL
+),
+kept (session_id) AS (
+    SELECT session_id FROM state WHERE NOT due
+    UNION
+    SELECT l.neighbour_id FROM kept AS k JOIN links AS l ON l.session_id = k.session_id
+)
+SELECT s.session_id, s.effective_parent_id
+FROM sessions AS s
+WHERE NOT EXISTS (SELECT FROM kept AS k WHERE k.session_id = s.session_id)
+"""
+
+# The same for locked sessions: what came in between, a pin, an event or a child, keeps its tree.
+RECHECK_PRUNABLE = """
+SELECT
+    s.session_id,
+    s.effective_parent_id,
+    NOT s.is_pinned
+    AND COALESCE(
+        s.end_time,
+        (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
+        s.start_time
+    ) < %(older_than)s
+    AND NOT EXISTS (
+        SELECT FROM sessions AS child
+        WHERE child.effective_parent_id = s.session_id
+            AND child.session_id <> ALL(%(session_ids)s::text[])
+    ) AS due
+FROM sessions AS s
+WHERE s.session_id = ANY(%(session_ids)s::text[])
+"""
+
+FORGET_DELETIONS = """
+DELETE FROM deleted_sessions
+WHERE deleted_at < (extract(epoch FROM now()) * 1000)::bigint - %(age)s
+"""
+
+# --- Server ---------------------------------------------------------------------------------------
+
+SELECT_VERSION = """
+SELECT version, layout
+FROM schema_version
+ORDER BY version DESC
+LIMIT 1
+"""
+
+SELECT_TABLES = """
+SELECT to_regclass('schema_version') IS NOT NULL, to_regclass('sessions') IS NOT NULL
+"""
+
+SET_TIMEOUTS = """
+SELECT
+    set_config('statement_timeout', %(statement)s, FALSE),
+    set_config('lock_timeout', %(lock)s, FALSE),
+    set_config('idle_in_transaction_session_timeout', %(statement)s, FALSE)
+"""
+
+# Any number will do, as long as nobody else takes this one.
+SCHEMA_LOCK = 7_206_338_812_094_461
+
+
+class RawJson(Loader):
+    """Hands JSON over as the bytes that came, for orjson."""
+
+    def load(self, data: Buffer) -> bytes:
+        return bytes(data)
+
+
+class PostgreSQLStore(BaseStore):
+    """A store in PostgreSQL 12 or newer; implements PersistenceStore."""
+
+    backend: ClassVar[str] = "postgresql"
+    _chunk_bytes = 16 * 2**20  # no limit of the server: what a transaction may hold in memory
+    _row_bytes = 4 * payload.MAX_PAYLOAD_BYTES
+    _row_limit_setting = "nothing"
+
+    def __init__(self, url: str, *, prepare_threshold: int | None = 5, **options: Any) -> None:
+        """Take a URL or a libpq connection string; behind PgBouncer set prepare_threshold=None."""
+        super().__init__(**options)
+        try:
+            given = conninfo_to_dict(url)
+        except psycopg.ProgrammingError as error:
+            reason = str(error).splitlines()[0] if "password" not in str(error) else "malformed"
+            raise ConfigurationError(f"database URL: {reason}") from None
+        defaults: dict[str, Any] = {
+            "client_encoding": "utf8",
+            "application_name": "contextuate_persist",
+        }
+        self._conninfo = make_conninfo(**defaults | given | _tls(given))
+        self._connection_arguments: dict[str, Any] = {
+            "autocommit": True,
+            "prepare_threshold": prepare_threshold,
+            "connect_timeout": max(2, round(self._connect_timeout)),  # libpq takes 1 for 2
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
+        }
+        self._place = _place(given)
+        self._pool: psycopg_pool.ConnectionPool[psycopg.Connection[Any]] | None = None
+        self._event_types: frozenset[str] = frozenset()
+        self._hook_types: frozenset[str] = frozenset()
+        self._schema: schema.SchemaVersion | None = None
+
+    def __repr__(self) -> str:
+        return f"<PostgreSQLStore {self._place}>"
+
+    # --- Connections ------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        # Connect once beside the pool: the pool only ever says that its time is up, not why.
+        with self._connect() as connection:
+            self._schema = schema.require_version(_read_version(connection), self._place)
+            self._read_types(connection)
+        self._open_pool()
+
+    def _open_pool(self) -> None:
+        self._pool = psycopg_pool.ConnectionPool(
+            self._conninfo,
+            kwargs=self._connection_arguments,
+            configure=self._configure,
+            min_size=1,
+            max_size=self._pool_size,
+            timeout=self._pool_timeout,
+            name="contextuate_persist",
+            open=True,
+        )
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        try:
+            return psycopg.connect(self._conninfo, **self._connection_arguments)
+        except psycopg.Error as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise StoreUnavailable(f"{self._place}: {reason}") from error
+
+    def _configure(self, connection: psycopg.Connection[Any]) -> None:
+        connection.adapters.register_loader("jsonb", RawJson)
+        timeouts = {
+            "statement": str(round(self._statement_timeout * 1000)),
+            "lock": str(round(self._lock_timeout * 1000)),
+        }
+        connection.execute(SET_TIMEOUTS, timeouts)
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _abandon(self) -> None:
+        # Kept alive: were the pool collected, it would say goodbye on the parent's sockets.
+        _abandoned.append(self._pool)
+        self._pool = None
+
+    def _living_pool(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
+        """The pool; a forked child makes its own when it first needs one."""
+        with self._lock:
+            self._check_open()
+            if self._pool is None:
+                self._open_pool()
+            assert self._pool is not None  # noqa: S101  (just opened)
+            return self._pool
+
+    def _discard_dead(self) -> None:
+        if self._pool is not None:
+            self._pool.check()
+
+    @contextmanager
+    def _connection(self, transaction: bool) -> Iterator[psycopg.Connection[Any]]:
+        with self._living_pool().connection() as connection:
+            try:
+                if transaction:
+                    with connection.transaction():
+                        yield connection
+                else:
+                    yield connection
+            except pg.FeatureNotSupported:
+                connection.close()  # its prepared statements are outdated and would stay so
+                raise
+
+    def _fault(self, error: Exception) -> Fault | None:
+        if isinstance(error, psycopg_pool.PoolTimeout | psycopg_pool.TooManyRequests):
+            return Fault.TIMEOUT
+        if isinstance(error, UnicodeEncodeError):
+            return Fault.DATA
+        if not isinstance(error, psycopg.Error):
+            return None
+        if error.sqlstate is None:
+            return Fault.DATA if isinstance(error, psycopg.DataError) else Fault.LOST
+        return FAULTS.get(error.sqlstate) or FAULTS.get(error.sqlstate[:2], Fault.REFUSED)
+
+    # --- Events -----------------------------------------------------------------------------------
+
+    def _insert_event(self, connection: psycopg.Connection[Any], row: EventRow) -> bool:
+        return connection.execute(INSERT_EVENT, self._parameters(row)).rowcount == 1
+
+    def _insert_events(
+        self, connection: psycopg.Connection[Any], rows: list[EventRow], undelete: bool
+    ) -> int:
+        self._seed(connection, base.seeds_of(rows))
+        touched = {"session_ids": list({row.event.session_id for row in rows})}
+        if undelete:
+            connection.execute(UNDELETE_SESSIONS, touched)
+        elif deleted := dict(connection.execute(SELECT_DELETIONS, touched).fetchall()):
+            base.drop_deleted(rows, deleted)
+        if links := base.links_of(rows):
+            family = {"children": list(links), "parents": list(links.values())}
+            connection.execute(LINK_PARENTS, family)
+        with connection.cursor() as cursor:
+            cursor.executemany(INSERT_EVENTS, [self._parameters(row) for row in rows])
+            return cursor.rowcount
+
+    def _seed(self, connection: psycopg.Connection[Any], seeds: list[Seed]) -> None:
+        columns = [list(column) for column in zip(*seeds, strict=True)]
+        names = (
+            "session_ids",
+            "machine_ids",
+            "working_directories",
+            "start_times",
+            "known_from",
+            "exact",
+        )
+        connection.execute(SEED_SESSIONS, dict(zip(names, columns, strict=True)))
+
+    def _parameters(self, row: EventRow) -> dict[str, Any]:
+        event = row.event
+        known_event = event.event_type in self._event_types
+        known_hook = event.hook_type in self._hook_types
+        return {
+            "id": row.id,
+            "session_id": event.session_id,
+            "timestamp": event.timestamp,
+            "event_type": event.event_type if known_event else "other",
+            "event_type_name": None if known_event else event.event_type,
+            "hook_type": event.hook_type if known_hook else "other",
+            "hook_type_name": None if known_hook else event.hook_type,
+            "parent_session_id": event.parent_session_id,
+            "machine_id": event.machine_id,
+            "working_directory": row.working_directory,
+            "tool_name": row.tool_name,
+            "tool_use_id": row.tool_use_id,
+            "data": Jsonb(row.data, dumps=bytes),
+            "exact": row.exact,
+        }
+
+    def _select_events(
+        self,
+        connection: psycopg.Connection[Any],
+        filters: Mapping[str, Any],
+        newest_first: bool,
+        limit: int,
+    ) -> list[Any]:
+        clauses = [EVENT_CLAUSES[name] for name in filters if name in EVENT_CLAUSES]
+        branches = [clauses]
+        for name, types in (("event_type", "_event_types"), ("hook_type", "_hook_types")):
+            if name in filters:
+                member, by_name = TYPE_CLAUSES[name]
+                if filters[name] not in getattr(self, types):
+                    self._read_types(connection)  # an upgrade may have added it meanwhile
+                choices = (
+                    [by_name] if filters[name] not in getattr(self, types) else [member, by_name]
+                )
+                branches = [[*branch, choice] for branch in branches for choice in choices]
+        parameters: dict[str, Any] = {**filters, "limit": limit}
+        if "contains" in filters:
+            inside, outside = CONTAINS_CLAUSES
+            contains = dict(filters["contains"])
+            parameters["contains"] = Jsonb(payload.encode(contains).json, dumps=bytes)
+            small = {key: value for key, value in contains.items() if key not in BIG_KEYS}
+            if small:
+                inside = CONTAINS_INDEXED + inside
+                parameters["contains_indexed"] = Jsonb(payload.encode(small).json, dumps=bytes)
+            branches = [[*branch, choice] for branch in branches for choice in (inside, outside)]
+        for bound in ("before", "after"):
+            if bound in filters:
+                parameters[f"{bound}_timestamp"], parameters[f"{bound}_seq"] = filters[bound]
+        direction = "DESC" if newest_first else "ASC"
+        tail = f"ORDER BY timestamp {direction}, seq {direction} LIMIT %(limit)s"
+        queries = [
+            SELECT_EVENTS + (f"WHERE {' AND '.join(branch)} " if branch else "") + tail
+            for branch in branches
+        ]
+        query = queries[0] if len(queries) == 1 else f"({') UNION ALL ('.join(queries)}) {tail}"
+        return connection.execute(query, parameters).fetchall()
+
+    def _select_event(
+        self, connection: psycopg.Connection[Any], session_id: str, event_id: str
+    ) -> Any:
+        parameters = {"id": event_id, "session_id": session_id}
+        return connection.execute(SELECT_EVENT, parameters).fetchone()
+
+    def _count_events(
+        self, connection: psycopg.Connection[Any], session_id: str | None
+    ) -> list[Any]:
+        if session_id is None:
+            return connection.execute(COUNT_EVENTS).fetchall()
+        return connection.execute(COUNT_SESSION_EVENTS, {"session_id": session_id}).fetchall()
+
+    def _read_types(self, connection: psycopg.Connection[Any]) -> None:
+        rows = connection.execute(SELECT_TYPES).fetchall()
+        self._event_types = frozenset(name for kind, name in rows if kind == "monitor_event_type")
+        self._hook_types = frozenset(name for kind, name in rows if kind == "claude_hook_type")
+
+    # --- Sessions ---------------------------------------------------------------------------------
+
+    def _upsert_sessions(
+        self,
+        connection: psycopg.Connection[Any],
+        seeds: list[Seed],
+        sessions: list[dict[str, Any]],
+    ) -> None:
+        if seeds:
+            self._seed(connection, seeds)
+        if len(sessions) == 1:
+            connection.execute(SAVE_SESSION, sessions[0])
+            return
+        with connection.cursor() as cursor:
+            cursor.executemany(SAVE_SESSION, sessions)
+
+    def _select_sessions(
+        self, connection: psycopg.Connection[Any], filters: Mapping[str, Any], limit: int | None
+    ) -> list[Any]:
+        clauses = ["s.known_from <> 'reference'", *(SESSION_CLAUSES[name] for name in filters)]
+        query = (
+            f"{SELECT_SESSIONS} WHERE {' AND '.join(clauses)} "
+            "ORDER BY s.start_time DESC, s.session_id DESC"
+        )
+        if limit is not None:
+            query += " LIMIT %(limit)s"
+        return connection.execute(query, {**filters, "limit": limit}).fetchall()
+
+    def _select_subtree(self, connection: psycopg.Connection[Any], session_id: str) -> list[Any]:
+        return connection.execute(SELECT_SUBTREE, {"session_id": session_id}).fetchall()
+
+    def _update_session(
+        self, connection: psycopg.Connection[Any], session_id: str, values: dict[str, Any]
+    ) -> bool:
+        clauses = [UPDATE_CLAUSES[name] for name in values]
+        if FIRM_COLUMNS & values.keys():
+            clauses.append("known_from = 'session'")
+        if parent := values.get("parent_session_id"):
+            connection.execute(LOCK_SESSIONS, {"session_ids": [session_id, parent]})
+            connection.execute(REFER_TO_PARENT, {"parent_id": parent, "session_id": session_id})
+        where = "WHERE session_id = %(session_id)s AND known_from <> 'reference'"
+        statement = (
+            f"UPDATE sessions SET {', '.join(clauses)} {where}"
+            if clauses
+            else f"SELECT session_id FROM sessions {where}"
+        )
+        return connection.execute(statement, {**values, "session_id": session_id}).rowcount == 1
+
+    def _delete_session(self, connection: psycopg.Connection[Any], session_id: str) -> bool:
+        family = connection.execute(LOCK_FAMILY, {"session_id": session_id}).fetchall()
+        if (session_id,) not in family:
+            return False
+        connection.execute(ORPHAN_CHILDREN, {"session_id": session_id})
+        return self._delete_locked(connection, [session_id]) == 1
+
+    def _delete_sessions(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:
+        connection.execute(LOCK_SESSIONS, {"session_ids": ids})
+        return self._delete_locked(connection, ids)
+
+    def _delete_locked(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:
+        sessions = {"session_ids": ids}
+        connection.execute(UNLIST_CHILDREN, sessions)
+        connection.execute(REMEMBER_DELETIONS, sessions)
+        gone = connection.execute(DELETE_SESSIONS, sessions).fetchall()
+        return sum(known_from != "reference" for (known_from,) in gone)
+
+    def _select_session_ids(self, connection: psycopg.Connection[Any]) -> list[str]:
+        return [row[0] for row in connection.execute(SELECT_SESSION_IDS)]
+
+    def _select_prunable(self, connection: psycopg.Connection[Any], older_than: int) -> list[Any]:
+        return connection.execute(SELECT_PRUNABLE, {"older_than": older_than}).fetchall()
+
+    def _delete_prunable(
+        self, connection: psycopg.Connection[Any], ids: list[str], older_than: int
+    ) -> int:
+        connection.execute(LOCK_SESSIONS, {"session_ids": ids})
+        parameters = {"session_ids": ids, "older_than": older_than}
+        rows = connection.execute(RECHECK_PRUNABLE, parameters).fetchall()
+        due = base.whole_trees(rows)
+        return self._delete_locked(connection, due) if due else 0
+
+    def _forget_deletions(self, connection: psycopg.Connection[Any], age: int) -> None:
+        connection.execute(FORGET_DELETIONS, {"age": age})
+
+    # --- Server -----------------------------------------------------------------------------------
+
+    def _health(self, connection: psycopg.Connection[Any]) -> Health:
+        start = time.perf_counter()
+        version = _read_version(connection)
+        latency = time.perf_counter() - start
+        found = schema.require_version(version, self._place)
+        pool = self._living_pool().get_stats()
+        return Health(
+            backend=self.backend,
+            server_version=connection.info.parameter_status("server_version") or "unknown",
+            driver=f"psycopg {psycopg.__version__}",
+            driver_implementation=psycopg.pq.__impl__,
+            schema_version=found.version,
+            schema_layout=found.layout,
+            latency_ms=round(latency * 1000, 3),
+            pool_size=pool["pool_max"],
+            pool_in_use=pool["pool_size"] - pool["pool_available"],
+        )
+
+    def _run_script(self, connection: psycopg.Connection[Any], script: str) -> None:
+        connection.execute(script)
+
+    def apply_schema(self, timeout: float = 60.0) -> bool:
+        with self._connect() as connection:
+            deadline = time.monotonic() + timeout
+            # Polled, not waited for: a waiting lock is an open snapshot, and stops CREATE INDEX
+            # CONCURRENTLY of whoever holds it.
+            while not connection.execute(
+                "SELECT pg_try_advisory_lock(%s)", [SCHEMA_LOCK]
+            ).fetchall()[0][0]:
+                if time.monotonic() > deadline:
+                    raise StoreUnavailable(f"{self._place}: another process changes the schema")
+                time.sleep(0.05)
+            if found := _read_version(connection):
+                schema.require_version(found, self._place)
+                return False
+            _, has_sessions = connection.execute(SELECT_TABLES).fetchall()[0]
+            if has_sessions:
+                raise SchemaError(
+                    f"{self._place} has tables of another origin: use an empty database"
+                )
+            script = schema.schema_file("postgresql-schema.sql").read_text(encoding="utf-8")
+            with connection.transaction():
+                connection.execute(script)
+            return True
+
+
+def _read_version(connection: psycopg.Connection[Any]) -> schema.SchemaVersion | None:
+    try:
+        row = connection.execute(SELECT_VERSION).fetchone()
+    except pg.UndefinedTable:
+        return None
+    return schema.SchemaVersion(*row) if row else None
+
+
+def _place(given: Mapping[str, Any]) -> str:
+    host = given.get("host") or given.get("hostaddr") or "the local socket"
+    port = given.get("port") or 5432
+    return f"PostgreSQL at {host}:{port}, database {given.get('dbname') or given.get('user')}"
+
+
+def _tls(given: Mapping[str, Any]) -> dict[str, str]:
+    """Verified TLS for a server elsewhere, unless the URL says otherwise in so many words."""
+    hosts = str(given.get("host") or given.get("hostaddr") or "").split(",")
+    if "sslmode" in given or all(is_local(host) for host in hosts):
+        return {}
+    return {"sslmode": "verify-full"} | (
+        {} if "sslrootcert" in given else {"sslrootcert": "system"}
+    )
+
+
+#: What an SQLSTATE, or its class, means; whatever is missing here the server refuses.
+FAULTS = {
+    "08": Fault.LOST,
+    "25P03": Fault.LOST,  # idle in transaction for too long
+    "57P01": Fault.LOST,  # the server shuts down
+    "57P02": Fault.LOST,
+    "57P03": Fault.LOST,  # it starts
+    "40": Fault.CONFLICT,
+    "23503": Fault.CONFLICT,  # the session was deleted while we inserted
+    "0A000": Fault.STALE,
+    "22": Fault.DATA,
+    "23": Fault.DATA,
+    "54": Fault.DATA,
+    "55P03": Fault.TIMEOUT,  # lock_timeout
+    "57014": Fault.TIMEOUT,  # statement_timeout
+    "53300": Fault.TIMEOUT,  # too many connections
+}
+
+_abandoned: list[Any] = []
