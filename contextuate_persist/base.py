@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
@@ -495,6 +496,7 @@ class BaseStore(ABC):
     # --- Events -----------------------------------------------------------------------------------
 
     def save_event(self, event: MonitorEvent) -> bool:
+        self._check_open()
         row = event_row(event)
         self._check_row(row)
         # Most events belong to a session that is known: one statement, no transaction around it.
@@ -681,7 +683,10 @@ class BaseStore(ABC):
         if session_id is not None:
             model.check_id("session_id", session_id)
         rows = self._run(lambda connection: self._count_events(connection, session_id))
-        return dict(sorted(rows, key=lambda row: (-row[1], row[0])))
+        counts: Counter[str] = Counter()
+        for name, count in rows:
+            counts[name] += count
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     def _find(
         self, filters: dict[str, Any], *, newest_first: bool, limit: int
@@ -976,7 +981,7 @@ class BaseStore(ABC):
 
     @abstractmethod
     def _count_events(self, connection: Any, session_id: str | None) -> list[Any]:
-        """Pairs of type and count."""
+        """Pairs of type and count; a type may come twice."""
 
     @abstractmethod
     def _upsert_sessions(

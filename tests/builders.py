@@ -1,0 +1,32 @@
+"""Short ways to sessions and events in tests."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from contextuate_persist import MonitorEvent, SessionMeta
+
+#: A time long before any test runs.
+T0 = 1_700_000_000_000
+
+
+def event(session_id: str = "s", timestamp: int = T0, **fields: Any) -> MonitorEvent:
+    values: dict[str, Any] = {
+        "id": str(uuid.uuid4()),
+        "machine_id": "machine",
+        "working_directory": "/work",
+        "event_type": "tool_call",
+        "hook_type": "PreToolUse",
+        "data": {"toolName": "Bash", "toolInput": {"command": "ls"}},
+    }
+    return MonitorEvent(session_id=session_id, timestamp=timestamp, **values | fields)
+
+
+def session(session_id: str = "s", **fields: Any) -> SessionMeta:
+    values: dict[str, Any] = {
+        "machine_id": "machine",
+        "working_directory": "/work",
+        "start_time": T0,
+    }
+    return SessionMeta(session_id=session_id, **values | fields)

@@ -1,0 +1,188 @@
+"""Fixtures: private servers of both kinds, one database per test run, emptied for each test."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from contextuate_persist import open_store
+from contextuate_persist.base import BaseStore
+from contextuate_persist.mysql_store import MySQLStore
+from contextuate_persist.postgresql_store import PostgreSQLStore
+from tests import servers
+
+BACKENDS = ("postgresql", "mysql")
+
+# What a developer has set must not change what is tested.
+for name in ("CONTEXTUATE_DATABASE_URL", "CONTEXTUATE_CONFIG", "PGSSLMODE", "PGPASSFILE"):
+    os.environ.pop(name, None)
+
+settings.register_profile(
+    "default",
+    deadline=None,  # a real server answers, now and then slowly
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=BACKENDS,
+        action="append",
+        help="run on this backend only; without it on both, and a missing server is a failure",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("backend") or BACKENDS
+        metafunc.parametrize("backend", chosen, scope="session")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only(backend): the test is about this backend alone")
+    marks = config.getoption("markexpr", "")
+    if not marks:
+        config.option.markexpr = "not soak"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop, not skip, the combinations that a test excludes."""
+    kept, dropped = [], []
+    for item in items:
+        mark = item.get_closest_marker("only")
+        callspec = getattr(item, "callspec", None)
+        backend = callspec.params.get("backend") if callspec else None
+        (dropped if mark and backend not in (None, mark.args[0]) else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database of a test server: the owner changes the schema, the application only data."""
+
+    backend: str
+    server: servers.Server
+    name: str
+    user: str
+    password: str
+
+    @property
+    def owner_url(self) -> str:
+        return self.server.url(self.name)
+
+    @property
+    def url(self) -> str:
+        return self.server.url(self.name, self.user, self.password)
+
+    def owner(self) -> BaseStore:
+        return make_store(self.owner_url)
+
+    def execute(self, statement: str) -> list[Any]:
+        return self.server.execute(statement, self.name)
+
+    def clear(self) -> None:
+        tables = ("sessions", "deleted_sessions")
+        for table in tables:
+            self.execute(f"DELETE FROM {table}")
+
+    def drop(self) -> None:
+        self.server.drop_database(self.name)
+        self.server.drop_login(self.user)
+
+
+def make_store(url: str, **options: Any) -> BaseStore:
+    return open_store(url, **options)
+
+
+_numbers = itertools.count()
+
+
+def new_database(server: servers.Server) -> Database:
+    """An empty database with an account that may select, insert, update and delete."""
+    name = f"test_{secrets.token_hex(4)}_{next(_numbers)}"
+    database = Database(server.kind, server, name, f"app_{name}"[:32], secrets.token_hex(8))
+    server.create_database(name)
+    server.create_login(database.user, database.password, name)
+    return database
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[servers.Server]:
+    with servers.postgresql_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mysql_server() -> Iterator[servers.Server]:
+    with servers.mysql_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server(backend: str, request: pytest.FixtureRequest) -> servers.Server:
+    """The server of the backend; a test that stops or kills it takes one of its own instead."""
+    found: servers.Server = request.getfixturevalue(f"{backend}_server")
+    return found
+
+
+@pytest.fixture(scope="session")
+def _shared_database(server: servers.Server) -> Iterator[Database]:
+    database = new_database(server)
+    database.owner().apply_schema()
+    yield database
+    database.drop()
+
+
+@pytest.fixture
+def database(_shared_database: Database) -> Database:
+    """A database with the schema and nothing in it."""
+    _shared_database.clear()
+    return _shared_database
+
+
+@pytest.fixture
+def empty_database(server: servers.Server) -> Iterator[Database]:
+    """A database without any schema."""
+    database = new_database(server)
+    yield database
+    database.drop()
+
+
+@pytest.fixture
+def store(database: Database) -> Iterator[BaseStore]:
+    """An open store of the application's account on an empty database."""
+    with make_store(database.url) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def own_server(backend: str) -> Iterator[servers.Server]:
+    """A second server that tests may stop and kill."""
+    start = servers.postgresql_server if backend == "postgresql" else servers.mysql_server
+    with start() as server:
+        yield server
+
+
+@pytest.fixture
+def own_database(own_server: servers.Server) -> Iterator[Database]:
+    own_server.start()
+    database = new_database(own_server)
+    database.owner().apply_schema()
+    yield database
+    own_server.start()
+    with contextlib.suppress(Exception):
+        database.drop()
+
+
+__all__ = ["Database", "MySQLStore", "PostgreSQLStore"]

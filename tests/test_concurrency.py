@@ -1,0 +1,180 @@
+"""Many writers at once: nobody's work is lost, nothing counts twice, no deadlock surfaces."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+from contextuate_persist import SessionNotFound
+from contextuate_persist.base import BaseStore
+from tests.builders import T0, event, session
+from tests.conftest import Database, make_store
+
+THREADS = 16
+
+
+def run(works: list[Callable[[], None]]) -> None:
+    """Run all at once; fail with the first error."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(works))
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            start.wait(30)
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert errors == []
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_the_same_events_from_sixteen_threads_are_stored_once(database: Database) -> None:
+    """In shuffled order, in batches and one by one, from two stores, parents and children mixed."""
+    events = [
+        event(f"s{i % 9}", T0 + i // 20, parent_session_id=f"s{(i * 7 + 1) % 9}" if i % 3 else None)
+        for i in range(600)
+    ]
+    stored: list[int] = []
+
+    def deliver(store: BaseStore, number: int) -> None:
+        own = events[:]
+        chance = random.Random(number)
+        chance.shuffle(own)
+        while own:
+            size = chance.choice([1, 3, 40])
+            batch, own = own[:size], own[size:]
+            stored.append(store.save_event(batch[0]) if size == 1 else store.save_events(batch))
+
+    with make_store(database.url) as one, make_store(database.url) as two:
+        run([lambda n=n: deliver(two if n % 2 else one, n) for n in range(THREADS)])  # type: ignore[misc]
+        assert sum(stored) == 600
+        assert {e.id for e in one.iter_events()} == {e.id for e in events}
+        assert sum(one.event_counts().values()) == 600
+
+
+def test_children_linked_at_once_are_all_listed(store: BaseStore) -> None:
+    def link(number: int) -> None:
+        for i in range(5):
+            name = f"c{number}-{i}"
+            store.save_session(session("parent", child_session_ids=(name,)))
+            store.save_session(session(name, parent_session_id="parent"))
+            store.save_session(session("mother", child_session_ids=(f"listed{name}",)))
+
+    run([lambda n=n: link(n) for n in range(THREADS)])  # type: ignore[misc]
+    names = {f"c{n}-{i}" for n in range(THREADS) for i in range(5)}
+    parent, mother = store.get_session("parent"), store.get_session("mother")
+    assert parent is not None
+    assert mother is not None
+    assert sorted(parent.child_session_ids) == sorted(names)
+    assert sorted(mother.child_session_ids) == sorted(f"listed{name}" for name in names)
+
+
+def test_the_ui_and_the_daemon_do_not_undo_each_other(store: BaseStore) -> None:
+    """One saves the sessions over and over, the other sets pins, labels, parents."""
+    names = [f"s{i}" for i in range(10)]
+    store.save_sessions(session(name) for name in names)
+
+    def daemon(number: int) -> None:
+        chance = random.Random(number)
+        for i in range(30):
+            chosen = chance.sample(names, 4)
+            store.save_sessions(
+                session(name, parent_session_id="root", model=f"m{i}") for name in chosen
+            )
+            store.save_events([event(name, T0 + i) for name in chosen])
+
+    def ui(number: int) -> None:
+        for name in names[number::4]:
+            store.update_session(name, is_pinned=True)
+            store.update_session(name, label=f"label {name}")
+            store.update_session(name, manual_parent_session_id="folder", hidden=True)
+
+    run([lambda n=n: daemon(n) for n in range(12)] + [lambda n=n: ui(n) for n in range(4)])  # type: ignore[misc]
+    for name in names:
+        got = store.get_session(name)
+        assert got is not None
+        assert (got.is_pinned, got.label, got.hidden) == (True, f"label {name}", True)
+        assert got.manual_parent_session_id == "folder"
+        assert got.parent_session_id == "root"
+
+
+def test_saves_in_every_order_and_with_cyclic_parents_never_deadlock_for_good(
+    store: BaseStore,
+) -> None:
+    names = [f"s{i}" for i in range(8)]
+
+    def work(number: int) -> None:
+        chance = random.Random(number)
+        for i in range(25):
+            chosen = chance.sample(names, 5)
+            store.save_sessions(
+                session(name, parent_session_id=chance.choice(names)) for name in chosen
+            )
+            store.save_events(
+                [event(n, T0 + i, parent_session_id=chance.choice(names)) for n in chosen]
+            )
+            store.update_session(chosen[0], parent_session_id=chance.choice(names))
+
+    run([lambda n=n: work(n) for n in range(THREADS)])  # type: ignore[misc]
+    assert sum(store.event_counts().values()) == THREADS * 25 * 5
+    assert len(store.session_tree()) == len(names)
+
+
+def test_deleting_while_others_write_leaves_no_orphan_and_no_error(
+    store: BaseStore, database: Database
+) -> None:
+    names = [f"s{i}" for i in range(6)]
+
+    def write(number: int) -> None:
+        for i in range(30):
+            store.save_event(event(names[(number + i) % 6], T0 + i, parent_session_id="s0"))
+            store.save_events([event(name, T0 + i) for name in names])
+            store.save_session(session(names[i % 6], parent_session_id=names[(i + 1) % 6]))
+
+    def delete(number: int) -> None:
+        for i in range(20):
+            try:
+                store.delete_session(names[(number + i) % 6])
+            except SessionNotFound:
+                continue
+        store.prune_old_sessions(T0 + 5)
+
+    run([lambda n=n: write(n) for n in range(10)] + [lambda n=n: delete(n) for n in range(6)])  # type: ignore[misc]
+    [(orphans,)] = database.execute(
+        "SELECT COUNT(*) FROM events WHERE session_id NOT IN (SELECT session_id FROM sessions)"
+    )
+    assert orphans == 0
+    shown = {s.session_id for s in store.get_sessions()}
+    for name in set(names) - shown:
+        assert store.get_events(name) == []
+
+
+def test_late_deliveries_race_with_a_deletion_and_lose(store: BaseStore) -> None:
+    for attempt in range(15):
+        name = f"race{attempt}"
+        old = [event(name, T0 + i) for i in range(20)]
+        store.save_events(old)
+        run(
+            [
+                lambda name=name: store.delete_session(name),  # type: ignore[misc]
+                lambda old=old: store.save_events(old),  # type: ignore[misc,list-item]
+                lambda old=old: [store.save_event(e) for e in old],  # type: ignore[misc,list-item]
+            ]
+        )
+        assert store.get_session(name) is None
+        assert store.get_events(name) == []
+
+
+def test_readers_see_new_rows_at_once(store: BaseStore, database: Database) -> None:
+    """No connection of the pool may hold an old snapshot."""
+    with make_store(database.url) as reader:
+        for i in range(30):
+            assert len(reader.get_events("s")) == i
+            store.save_event(event("s", T0 + i))

@@ -1,0 +1,177 @@
+"""What is only MySQL's: literals, the pool, the pure Python driver, MariaDB."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contextuate_persist import ConfigurationError, StoreUnavailable
+from contextuate_persist.base import BaseStore
+from contextuate_persist.mysql_store import Pool, _execute, _require_mysql, literal
+from tests.builders import T0, event, session
+from tests.conftest import Database, make_store
+from tests.test_payloads import TRICKY, texts
+
+pytestmark = pytest.mark.only("mysql")
+
+
+@given(text=texts, raw=st.binary(max_size=60), number=st.integers(-(2**63), 2**63 - 1))
+def test_a_literal_means_its_value_to_the_server(
+    store: BaseStore, backend: str, text: str, raw: bytes, number: int
+) -> None:
+    text = text.encode("utf-8", "replace").decode()  # what comes to `literal` has no surrogates
+
+    def read(connection: Any) -> Any:
+        values = b", ".join(map(literal, (text, raw, number, None)))
+        hexed = (
+            b"SELECT HEX(t), HEX(b), n, z IS NULL, CHARSET(b) FROM (SELECT %s) AS v (t, b, n, z)"
+        )
+        connection.cmd_query(b"DROP TEMPORARY TABLE IF EXISTS literals")
+        connection.cmd_query(b"CREATE TEMPORARY TABLE literals " + hexed % values)
+        return _execute(connection, "SELECT * FROM literals")[0]
+
+    with make_store(_owner_url(store)) as owner:
+        text_hex, raw_hex, got, is_null, charset = owner._run(read)
+    assert bytes.fromhex(_text(text_hex)) == text.encode()
+    assert bytes.fromhex(_text(raw_hex)) == raw
+    assert (got, is_null, _text(charset)) == (number, 1, "binary")
+
+
+_owner_urls: dict[int, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def _owner(database: Database, store: BaseStore) -> None:
+    _owner_urls[id(store)] = database.owner_url
+
+
+def _owner_url(store: BaseStore) -> str:
+    return _owner_urls[id(store)]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else bytes(value).decode()
+
+
+def test_the_pure_python_driver_stores_and_reads_the_same(database: Database, backend: str) -> None:
+    with make_store(database.url + "?use-pure=1") as pure, make_store(database.url) as c:
+        assert pure.health().driver_implementation == "python"
+        assert c.health().driver_implementation == "c"
+        events = [
+            event(f"s{i % 3}", T0 + i, data={t: [t, i]}, working_directory=t, event_type=f"new{i}")
+            for i, t in enumerate(TRICKY)
+        ]
+        assert pure.save_events(events[::2]) == len(events[::2])
+        for one in events[1::2]:
+            assert pure.save_event(one) is True
+        both = [list(store.iter_events()) for store in (pure, c)]
+        assert both[0] == both[1]
+        assert sorted(both[0], key=lambda e: e.timestamp) == events
+        pure.save_session(session("s1", manual_parent_session_id="s2", label="\0", is_pinned=True))
+        pure.update_session("s1", parent_session_id="s0", hidden=True)
+        assert pure.get_sessions() == c.get_sessions()
+        assert pure.session_tree() == c.session_tree()
+        assert pure.event_counts() == c.event_counts()
+        pure.delete_session("s2")
+        assert pure.get_session("s1") == c.get_session("s1")
+        assert pure.find_events(session_id="s1", contains={}) == c.get_events("s1")[::-1]
+        assert pure.delete_all_sessions() == 2
+
+
+def test_socket_connections_work(database: Database, backend: str) -> None:
+    path = database.server.socket_path
+    if path is None:
+        pytest.skip("an external server: its socket is not known")
+    url = f"mysql://{database.user}:{database.password}@localhost/{database.name}?socket={path}"
+    with make_store(url) as store:
+        assert store.save_event(event()) is True
+        assert str(path) in repr(store)
+
+
+@pytest.mark.parametrize(
+    "version", ["10.11.19-MariaDB-1", "5.5.5-10.4.1-MariaDB", "8.0.16", "5.7.44-log"]
+)
+def test_servers_that_are_not_supported_are_named(version: str, backend: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"place is M.*use MySQL 8.0.17 or newer"):
+        _require_mysql(version, "place")
+    _require_mysql("8.0.17", "place")
+    _require_mysql("9.7.4-2", "place")
+
+
+# --- The pool -------------------------------------------------------------------------------------
+
+
+class Fake:
+    """A connection that only knows whether it lives: what the pool asks."""
+
+    def __init__(self) -> None:
+        self.alive = True
+        self.closed = False
+
+    def is_connected(self) -> bool:
+        return self.alive
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_pool_reuses_the_last_connection_and_makes_as_many_as_needed(backend: str) -> None:
+    pool = Pool(Fake, size=3, timeout=1)
+    first = pool.take("here")
+    pool.give_back(first)
+    assert pool.take("here") is first
+    second = pool.take("here")
+    assert second is not first
+    assert pool.in_use == 2
+
+
+def test_the_pool_waits_for_a_slot_and_then_says_where(backend: str) -> None:
+    pool = Pool(Fake, size=1, timeout=0.2)
+    held = pool.take("here")
+    with pytest.raises(StoreUnavailable, match="^here: no connection was free for 0.2 s"):
+        pool.take("here")
+    threading.Timer(0.05, pool.give_back, (held,)).start()
+    assert pool.take("here") is held
+
+
+def test_a_failed_connect_gives_its_slot_back(backend: str) -> None:
+    def fail() -> None:
+        raise StoreUnavailable("no server")
+
+    pool = Pool(fail, size=1, timeout=0.2)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable, match="no server"):
+            pool.take("here")
+    assert pool.in_use == 0
+
+
+def test_an_old_idle_connection_is_asked_and_a_dead_one_replaced(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(Fake, size=2, timeout=1)
+    old = pool.take("here")
+    pool.give_back(old)
+    old.alive = False
+    assert pool.take("here") is old  # too fresh to ask
+    pool.give_back(old)
+    later = time.monotonic() + 60
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    new = pool.take("here")
+    assert new is not old
+    assert old.closed
+
+
+def test_a_closed_pool_closes_what_comes_back(backend: str) -> None:
+    pool = Pool(Fake, size=2, timeout=1)
+    idle, used = pool.take("here"), pool.take("here")
+    pool.give_back(idle)
+    pool.close()
+    assert idle.closed
+    assert not used.closed
+    pool.give_back(used)
+    assert used.closed

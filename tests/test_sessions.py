@@ -1,0 +1,683 @@
+"""Sessions: how a save merges, updates, trees, deletion, pruning; the contract of both stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+
+from contextuate_persist import (
+    InvalidBatch,
+    InvalidRecord,
+    SessionMeta,
+    SessionNotFound,
+    SessionStatus,
+    TokenUsage,
+)
+from contextuate_persist.base import BaseStore
+from tests.builders import T0, event, session
+from tests.conftest import Database
+
+DAY = 86_400_000
+
+FULL = SessionMeta(
+    session_id="full",
+    machine_id="m",
+    working_directory="/w",
+    start_time=T0,
+    end_time=T0 + 5,
+    status=SessionStatus.COMPLETED,
+    parent_session_id="parent",
+    manual_parent_session_id="manual",
+    child_session_ids=("c2", "c1"),
+    token_usage=TokenUsage(
+        total_input=1, total_output=2, total_cache_read=3, total_cache_creation=4
+    ),
+    agent_type="nexus",
+    is_user_initiated=False,
+    is_pinned=True,
+    hidden=True,
+    label="a label",
+    model="claude",
+    transcript_path="/t.jsonl",
+)
+
+
+def get(store: BaseStore, session_id: str) -> SessionMeta:
+    found = store.get_session(session_id)
+    assert found is not None
+    return found
+
+
+# --- Merge rules ----------------------------------------------------------------------------------
+
+
+def test_a_saved_session_comes_back_equal(store: BaseStore) -> None:
+    store.save_session(FULL)
+    assert get(store, "full") == FULL
+
+
+def test_a_new_session_has_the_documented_defaults(store: BaseStore) -> None:
+    store.save_session(session())
+    assert get(store, "s") == dataclasses.replace(
+        session(), is_user_initiated=True, is_pinned=False, hidden=False
+    )
+
+
+def test_saving_again_changes_nothing(store: BaseStore) -> None:
+    store.save_session(FULL)
+    store.save_session(FULL)
+    store.save_sessions([FULL, FULL])
+    assert get(store, "full") == FULL
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("start_time", T0 + 9),
+        ("status", SessionStatus.ERROR),
+        ("machine_id", "other"),
+        ("working_directory", "/else"),
+        ("end_time", T0 + 99),
+        ("end_time", None),
+    ],
+)
+def test_fields_that_are_stored_as_given(store: BaseStore, field: str, value: Any) -> None:
+    store.save_session(FULL)
+    changed = dataclasses.replace(FULL, **{field: value})
+    store.save_session(changed)
+    assert get(store, "full") == changed
+
+
+@pytest.mark.parametrize("end_time", [None, T0 + 7])
+def test_saving_status_active_clears_the_end(store: BaseStore, end_time: int | None) -> None:
+    store.save_session(FULL)
+    store.save_session(dataclasses.replace(FULL, status=SessionStatus.ACTIVE, end_time=end_time))
+    assert get(store, "full").end_time is None
+    assert get(store, "full").status is SessionStatus.ACTIVE
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("agent_type", "canvas"),
+        ("model", "other"),
+        ("transcript_path", "/u.jsonl"),
+        ("parent_session_id", "p2"),
+        ("manual_parent_session_id", "m2"),
+        ("label", "another"),
+        ("label", ""),
+        ("is_pinned", False),
+        ("hidden", False),
+        ("is_user_initiated", True),
+    ],
+)
+def test_fields_where_a_value_sets_and_none_leaves(
+    store: BaseStore, field: str, value: Any
+) -> None:
+    store.save_session(FULL)
+    store.save_session(dataclasses.replace(FULL, **{field: None}))
+    assert get(store, "full") == FULL
+    store.save_session(dataclasses.replace(FULL, **{field: value}))
+    assert getattr(get(store, "full"), field) == value
+
+
+def test_token_totals_are_stored_as_given_and_unknown_cache_totals_leave(
+    store: BaseStore,
+) -> None:
+    store.save_session(FULL)
+    store.save_session(
+        dataclasses.replace(FULL, token_usage=TokenUsage(total_input=10, total_output=0))
+    )
+    assert get(store, "full").token_usage == TokenUsage(
+        total_input=10, total_output=0, total_cache_read=3, total_cache_creation=4
+    )
+    store.save_session(dataclasses.replace(FULL, token_usage=TokenUsage(total_cache_read=0)))
+    assert get(store, "full").token_usage.total_cache_read == 0
+
+
+def test_once_the_token_ledger_has_rows_it_alone_decides(
+    store: BaseStore, database: Database
+) -> None:
+    store.save_session(FULL)
+    store.save_session(session("other"))
+    database.execute(
+        "INSERT INTO token_ledger (message_id, session_id, timestamp, input_tokens)"
+        f" VALUES ('msg_1', 'full', {T0}, 7)"
+    )
+    more = TokenUsage(total_input=99, total_output=99, total_cache_read=99, total_cache_creation=99)
+    store.save_session(dataclasses.replace(FULL, token_usage=more, label="moved"))
+    store.save_sessions([dataclasses.replace(session("other"), token_usage=more)])
+    store.update_session("full", token_usage=more)
+    assert get(store, "full").token_usage == FULL.token_usage
+    assert get(store, "full").label == "moved"
+    assert get(store, "other").token_usage == more
+
+
+def test_a_save_replaces_what_events_had_told(store: BaseStore) -> None:
+    store.save_event(event("s", T0 + 5, machine_id="guess", parent_session_id="p"))
+    store.save_session(session("s", start_time=T0 + 50))
+    store.save_event(event("s", T0))
+    told = get(store, "s")
+    assert (told.start_time, told.machine_id) == (T0 + 50, "machine")
+    assert told.parent_session_id == "p"
+
+
+def test_many_sessions_are_saved_at_once_the_last_save_of_an_id_counts(store: BaseStore) -> None:
+    sessions = [session(f"s{i % 40}", start_time=T0 + i, label=f"l{i}") for i in range(100)]
+    store.save_sessions(sessions)
+    got = store.get_sessions()
+    assert len(got) == 40
+    assert [s.start_time for s in got] == list(range(T0 + 99, T0 + 59, -1))
+
+
+def test_texts_that_no_column_holds_come_back_and_can_be_replaced(store: BaseStore) -> None:
+    hard = session(
+        working_directory="/bad\udcff\0dir", label="nul\0", transcript_path="\ud83d\ude00",
+        agent_type="\0", model="\udfff",
+    )  # fmt: skip
+    store.save_session(hard)
+    got = get(store, "s")
+    for field in ("working_directory", "label", "transcript_path", "agent_type", "model"):
+        assert getattr(got, field) == getattr(hard, field)
+    # Plain texts replace them, None leaves them, an update clears them.
+    store.save_session(session(working_directory="/plain", label="plain"))
+    got = get(store, "s")
+    assert (got.working_directory, got.label, got.model) == ("/plain", "plain", "\udfff")
+    store.update_session("s", model=None, label="\ud800")
+    got = get(store, "s")
+    assert (got.model, got.label, got.agent_type) == (None, "\ud800", "\0")
+
+
+def test_bad_sessions_are_named_and_nothing_is_stored(store: BaseStore) -> None:
+    with pytest.raises(InvalidBatch) as caught:
+        store.save_sessions([session("good"), session(" bad"), session(start_time=5)])
+    assert [r.index for r in caught.value.refused] == [1, 2]
+    assert store.get_sessions() == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("session_id", "x" * 256),
+        ("machine_id", None),
+        ("working_directory", 7),
+        ("start_time", 1_700_000_000),
+        ("end_time", 1.5e12),
+        ("status", "done"),
+        ("status", ["active"]),
+        ("parent_session_id", "a\nb"),
+        ("manual_parent_session_id", ""),
+        ("child_session_ids", "abc"),
+        ("child_session_ids", ("ok", "not ok ")),
+        ("agent_type", "x" * 256),
+        ("is_user_initiated", 1),
+        ("is_pinned", "yes"),
+        ("hidden", 0),
+        ("label", "x" * 16_384),
+        ("transcript_path", b"/t"),
+        ("token_usage", {"totalInput": 1}),
+    ],
+)
+def test_a_bad_field_is_refused_by_its_name(store: BaseStore, field: str, value: Any) -> None:
+    bad = dataclasses.replace(session(), **{field: value})
+    with pytest.raises(InvalidRecord, match=f"^{field}: "):
+        store.save_session(bad)
+    if field != "session_id" and value is not None:
+        store.save_session(session())
+        with pytest.raises(InvalidRecord, match=f"^{field}: "):
+            store.update_session("s", **{field: value})  # type: ignore[misc]
+
+
+# --- Ids ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("abc", "ABC"),
+        ("resume", "resumé"),
+        ("strasse", "straße"),
+        ("id1", "id１"),  # noqa: RUF001  (full width on purpose)
+        ("😀", "😁"),
+        ("a", "a\u0301"),
+        ("é", "e\u0301"),
+        ("1", "01"),
+        ("a%", "a_"),
+        ("a'b", 'a"b'),
+        ("a\\", "a\\\\"),
+    ],
+)
+def test_ids_compare_byte_for_byte(store: BaseStore, one: str, other: str) -> None:
+    store.save_session(session(one, label="one"))
+    store.save_session(session(other, label="other"))
+    store.save_events([event(one, T0), event(other, T0 + 1)])
+    assert get(store, one).label == "one"
+    assert [e.session_id for e in store.get_events(other)] == [other]
+    store.delete_session(one)
+    assert get(store, other).label == "other"
+    assert len(store.get_events(other)) == 1
+
+
+def test_the_longest_ids_are_kept(store: BaseStore) -> None:
+    long = "😀" * 255
+    store.save_event(event(long, machine_id=long, parent_session_id=long[:-1]))
+    assert get(store, long).machine_id == long
+    assert store.find_events(machine_id=long, session_id=long)[0].parent_session_id == long[:-1]
+
+
+# --- Listing --------------------------------------------------------------------------------------
+
+
+def test_each_filter_lists_just_its_sessions(store: BaseStore) -> None:
+    a = session("a", machine_id="m1", hidden=True, start_time=T0 + 1)
+    b = session("b", status="completed", start_time=T0 + 2, parent_session_id="a")
+    c = session("c", start_time=T0 + 3, parent_session_id="b", manual_parent_session_id="a")
+    store.save_sessions([a, b, c])
+
+    def ids(**filters: Any) -> list[str]:
+        return [s.session_id for s in store.get_sessions(**filters)]
+
+    assert ids() == ["c", "b", "a"]
+    assert ids(machine_id="m1") == ["a"]
+    assert ids(hidden=True) == ["a"]
+    assert ids(hidden=False) == ["c", "b"]
+    assert ids(status="completed") == ids(status=SessionStatus.COMPLETED) == ["b"]
+    assert ids(parent_session_id="a") == ["c", "b"]
+    assert ids(parent_session_id="b") == []
+    assert ids(started_after=T0 + 1, started_before=T0 + 3) == ["b"]
+    assert ids(limit=2) == ["c", "b"]
+    assert ids(limit=0) == []
+    with pytest.raises(InvalidRecord, match="^status: "):
+        ids(status="finished")
+    with pytest.raises(InvalidRecord, match="^limit: "):
+        ids(limit=-5)
+
+
+def test_an_unknown_session_is_none(store: BaseStore) -> None:
+    assert store.get_session("nobody") is None
+
+
+# --- Children -------------------------------------------------------------------------------------
+
+
+def test_children_are_the_listed_ones_then_the_linked_ones_by_start(store: BaseStore) -> None:
+    store.save_session(session("p", child_session_ids=("z", "y")))
+    store.save_sessions(
+        [
+            session("late", start_time=T0 + 9, parent_session_id="p"),
+            session("early", start_time=T0 + 1, parent_session_id="p"),
+            session("y", parent_session_id="p"),
+        ]
+    )
+    assert get(store, "p").child_session_ids == ("z", "y", "early", "late")
+
+
+def test_listed_children_add_up_over_saves(store: BaseStore) -> None:
+    store.save_session(session("p", child_session_ids=("a", "b", "a")))
+    store.save_session(session("p", child_session_ids=("c", "b")))
+    store.save_session(session("p"))
+    assert get(store, "p").child_session_ids == ("a", "b", "c")
+
+
+def test_a_child_that_belongs_to_another_or_was_deleted_is_not_listed(store: BaseStore) -> None:
+    store.save_sessions(
+        [
+            session("p", child_session_ids=("mine", "moved", "gone", "unknown", "free")),
+            session("mine", parent_session_id="p"),
+            session("moved", parent_session_id="p", manual_parent_session_id="q"),
+            session("gone", parent_session_id="p"),
+            session("free"),
+            session("q"),
+        ]
+    )
+    store.delete_session("gone")
+    assert get(store, "p").child_session_ids == ("mine", "unknown", "free")
+    assert get(store, "q").child_session_ids == ("moved",)
+
+
+def test_an_update_replaces_the_listed_children(store: BaseStore) -> None:
+    store.save_session(session("p", child_session_ids=("a", "b")))
+    store.update_session("p", child_session_ids=["b", "x"])
+    assert get(store, "p").child_session_ids == ("b", "x")
+    store.update_session("p", child_session_ids=())
+    assert get(store, "p").child_session_ids == ()
+
+
+# --- Update ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("machine_id", "m2"),
+        ("working_directory", "/x"),
+        ("start_time", T0 + 1),
+        ("end_time", T0 + 2),
+        ("end_time", None),
+        ("status", SessionStatus.ACTIVE),
+        ("parent_session_id", "unheard-of"),
+        ("parent_session_id", None),
+        ("manual_parent_session_id", None),
+        ("agent_type", None),
+        ("agent_type", "x"),
+        ("label", None),
+        ("label", "x"),
+        ("model", None),
+        ("transcript_path", None),
+        ("is_pinned", False),
+        ("hidden", False),
+        ("is_user_initiated", True),
+        ("token_usage", TokenUsage(total_input=5)),
+    ],
+)
+def test_an_update_sets_exactly_the_named_field(store: BaseStore, field: str, value: Any) -> None:
+    store.save_session(FULL)
+    store.update_session("full", **{field: value})  # type: ignore[misc]
+    assert get(store, "full") == dataclasses.replace(FULL, **{field: value})
+    store.update_session("full", **{field: value})  # type: ignore[misc]  (again is harmless)
+
+
+def test_an_update_with_none_sets_flags_to_their_defaults(store: BaseStore) -> None:
+    store.save_session(FULL)
+    store.update_session("full", is_pinned=None, hidden=None, is_user_initiated=None)
+    got = get(store, "full")
+    assert (got.is_pinned, got.hidden, got.is_user_initiated) == (False, False, True)
+
+
+def test_an_update_of_an_unknown_session_raises_and_leaves_nothing(store: BaseStore) -> None:
+    store.save_event(event("child", parent_session_id="reference"))
+    for session_id in ("nobody", "reference"):
+        with pytest.raises(SessionNotFound, match=session_id):
+            store.update_session(session_id, label="x")
+        with pytest.raises(SessionNotFound):
+            store.update_session(session_id)
+        with pytest.raises(SessionNotFound):
+            store.update_session(session_id, parent_session_id="new-parent")
+    assert {s.session_id for s in store.get_sessions()} == {"child"}
+
+
+def test_an_update_refuses_fields_that_it_does_not_know(store: BaseStore) -> None:
+    store.save_session(session())
+    with pytest.raises(InvalidRecord, match="^colour: "):
+        store.update_session("s", colour="x")  # type: ignore[call-arg]
+
+
+def test_a_pin_survives_the_next_save(store: BaseStore) -> None:
+    store.save_session(session())
+    store.update_session("s", is_pinned=True, label="mine", hidden=True)
+    store.save_session(session(status="completed", end_time=T0 + 9))
+    got = get(store, "s")
+    assert (got.is_pinned, got.label, got.hidden, got.end_time) == (True, "mine", True, T0 + 9)
+
+
+def test_what_an_update_says_of_the_beginning_is_not_undone_by_events(store: BaseStore) -> None:
+    store.save_event(event("s", T0 + 50))
+    store.update_session("s", start_time=T0 + 40)
+    store.save_event(event("s", T0))
+    assert get(store, "s").start_time == T0 + 40
+
+
+# --- Trees ----------------------------------------------------------------------------------------
+
+
+def tree(store: BaseStore, root: str | None = None) -> list[tuple[str, int]]:
+    return [(node.session.session_id, node.depth) for node in store.session_tree(root)]
+
+
+def test_a_tree_comes_parents_first_and_siblings_by_start(store: BaseStore) -> None:
+    store.save_sessions(
+        [
+            session("grandchild", parent_session_id="b", start_time=T0 + 5),
+            session("b", parent_session_id="root", start_time=T0 + 4),
+            session("a", parent_session_id="root", start_time=T0 + 9),
+            session("root", start_time=T0 + 1),
+            session("alone", start_time=T0 + 2),
+        ]
+    )
+    whole = [("root", 0), ("b", 1), ("grandchild", 2), ("a", 1), ("alone", 0)]
+    assert tree(store) == whole
+    assert tree(store, "root") == whole[:4]
+    assert tree(store, "b") == [("b", 0), ("grandchild", 1)]
+    with pytest.raises(SessionNotFound):
+        store.session_tree("nobody")
+
+
+def test_the_manual_parent_wins_over_the_detected_one(store: BaseStore) -> None:
+    store.save_sessions(
+        [session("p"), session("q"), session("c", parent_session_id="p", start_time=T0 + 1)]
+    )
+    store.update_session("c", manual_parent_session_id="q")
+    assert tree(store) == [("p", 0), ("q", 0), ("c", 1)]
+    store.update_session("c", manual_parent_session_id=None)
+    assert tree(store) == [("p", 0), ("c", 1), ("q", 0)]
+
+
+def test_a_session_whose_parent_is_not_stored_begins_a_tree(store: BaseStore) -> None:
+    store.save_session(session("c", parent_session_id="missing"))
+    store.save_session(session("d", manual_parent_session_id="missing too", start_time=T0 + 1))
+    assert tree(store) == [("c", 0), ("d", 0)]
+
+
+def test_cycles_lose_nobody_and_repeat_nobody(store: BaseStore) -> None:
+    store.save_sessions(
+        [
+            session("b", parent_session_id="a"),
+            session("a", parent_session_id="c"),
+            session("c", parent_session_id="b"),
+            session("0-innocent", parent_session_id="b", start_time=T0 + 1),
+            session("self", manual_parent_session_id="self", start_time=T0 + 2),
+            session("own", parent_session_id="own", start_time=T0 + 3),
+        ]
+    )
+    assert tree(store) == [
+        ("a", 0), ("b", 1), ("c", 2), ("0-innocent", 2), ("self", 0), ("own", 0),
+    ]  # fmt: skip
+    assert tree(store, "c") == [("c", 0), ("a", 1), ("b", 2), ("0-innocent", 3)]
+    store.delete_session("b")
+    assert tree(store, "a") == [("a", 0)]
+    store.delete_session("self")
+    store.delete_session("own")
+    assert {s.session_id for s in store.get_sessions()} == {"a", "c", "0-innocent"}
+
+
+def test_chains_longer_than_a_thousand_are_walked(store: BaseStore) -> None:
+    chain = [session("s0000")] + [
+        session(f"s{i:04}", parent_session_id=f"s{i - 1:04}") for i in range(1, 1_500)
+    ]
+    store.save_sessions(reversed(chain))
+    assert tree(store, "s0000") == [(f"s{i:04}", i) for i in range(1_500)]
+    assert tree(store) == tree(store, "s0000")
+
+
+# --- Deletion -------------------------------------------------------------------------------------
+
+
+def test_deleting_removes_the_session_its_events_and_its_place(store: BaseStore) -> None:
+    store.save_sessions(
+        [
+            session("p", child_session_ids=("s", "t")),
+            session("s", parent_session_id="p"),
+            session("c", parent_session_id="s"),
+            session("d", parent_session_id="p", manual_parent_session_id="s"),
+        ]
+    )
+    store.save_events([event("s", T0 + i) for i in range(5)] + [event("c")])
+    store.delete_session("s")
+    assert store.get_session("s") is None
+    assert store.get_events("s") == []
+    assert get(store, "p").child_session_ids == ("t", "d")
+    assert get(store, "c").parent_session_id is None
+    assert get(store, "d").manual_parent_session_id is None
+    assert len(store.get_events("c")) == 1
+    with pytest.raises(SessionNotFound, match="'s'"):
+        store.delete_session("s")
+
+
+def test_late_deliveries_do_not_bring_a_deleted_session_back(store: BaseStore) -> None:
+    old = [event("s", T0 + i) for i in range(5)]
+    store.save_events(old)
+    store.delete_session("s")
+    assert store.save_events(old) == 0
+    assert store.save_event(old[0]) is False
+    assert store.save_event(event("s", T0 - 1)) is False
+    other = event("t")
+    assert store.save_events([*old, other], on_error="skip").stored == 1
+    assert store.get_session("s") is None
+    assert [s.session_id for s in store.get_sessions()] == ["t"]
+
+
+def test_a_newer_event_brings_a_deleted_session_back_but_not_its_past(store: BaseStore) -> None:
+    old = event("s", T0)
+    store.save_event(old)
+    store.delete_session("s")
+    new = event("s", round(time.time() * 1000) + DAY)
+    assert store.save_events([old, new]) == 1
+    assert store.save_event(old) is False
+    assert store.get_events("s") == [new]
+    assert get(store, "s").start_time == new.timestamp
+
+
+def test_a_deleted_event_of_the_future_does_not_bring_its_session_back(store: BaseStore) -> None:
+    ahead = event("s", round(time.time() * 1000) + 30 * DAY)
+    store.save_event(ahead)
+    store.delete_session("s")
+    assert store.save_event(ahead) is False
+    assert store.get_session("s") is None
+
+
+def test_undelete_stores_events_of_deleted_sessions(store: BaseStore) -> None:
+    old = [event("s", T0 + i) for i in range(3)]
+    store.save_events(old)
+    store.delete_session("s")
+    assert store.save_events(old[:2], undelete=True) == 2
+    assert store.save_event(old[2]) is True
+    assert store.get_events("s") == old
+
+
+def test_a_saved_session_is_there_again_after_its_deletion(store: BaseStore) -> None:
+    store.save_session(session())
+    store.delete_session("s")
+    store.save_session(session(label="again"))
+    assert get(store, "s").label == "again"
+    assert store.save_event(event("s", T0)) is False
+
+
+def test_deleting_all_leaves_nothing_and_counts_sessions(store: BaseStore) -> None:
+    store.save_events([event(f"s{i}", parent_session_id=f"p{i % 3}") for i in range(450)])
+    assert store.delete_all_sessions() == 450
+    assert store.get_sessions() == []
+    assert list(store.iter_events()) == []
+    assert store.delete_all_sessions() == 0
+    assert store.save_event(event("s1")) is False
+
+
+# --- Pruning --------------------------------------------------------------------------------------
+
+
+def test_pruning_goes_by_the_end_else_the_last_event_else_the_start(store: BaseStore) -> None:
+    cut = T0 + 1000
+    done = {"status": "completed"}
+    store.save_sessions(
+        [
+            session("ended before", end_time=cut - 1, **done),
+            session("ended at", end_time=cut, **done),
+            session("never ended, old events"),
+            session("never ended, new events"),
+            session("never ended, no events"),
+            session("started later", start_time=cut + 1),
+            session("pinned", end_time=cut - 1, is_pinned=True, **done),
+        ]
+    )
+    store.save_events(
+        [event("never ended, old events", cut - 1), event("never ended, new events", cut + 1)]
+    )
+    assert store.prune_old_sessions(cut) == 3
+    assert {s.session_id for s in store.get_sessions()} == {
+        "ended at",
+        "never ended, new events",
+        "started later",
+        "pinned",
+    }
+    assert store.prune_old_sessions(cut) == 0
+    assert store.save_event(event("ended before", cut - 5)) is False
+
+
+def test_a_tree_is_pruned_only_as_a_whole(store: BaseStore) -> None:
+    cut = T0 + 1000
+    old = {"end_time": T0 + 1, "status": "completed"}
+    store.save_sessions(
+        [
+            session("root", **old),
+            session("child", parent_session_id="root", **old),
+            session("grandchild", manual_parent_session_id="child", end_time=cut + 1,
+                    status="completed"),
+            session("other root", **old),
+            session("other child", parent_session_id="other root", **old),
+            session("a", parent_session_id="b", **old),
+            session("b", parent_session_id="a", **old),
+            session("pin's child", parent_session_id="pin", **old),
+            session("pin", is_pinned=True, **old),
+            session("orphan", parent_session_id="never stored", **old),
+            session("moved away", parent_session_id="root", manual_parent_session_id="x", **old),
+        ]
+    )  # fmt: skip
+    assert store.prune_old_sessions(cut) == 6
+    assert {s.session_id for s in store.get_sessions()} == {
+        "root", "child", "grandchild", "pin", "pin's child",
+    }  # fmt: skip
+    store.update_session("grandchild", end_time=T0 + 2)
+    assert store.prune_old_sessions(cut) == 3
+
+
+def test_pruning_works_in_batches(store: BaseStore) -> None:
+    store.save_sessions(session(f"s{i}", end_time=T0, status="error") for i in range(650))
+    store.save_sessions(
+        session(f"c{i}", parent_session_id="s1", end_time=T0, status="error") for i in range(300)
+    )
+    assert store.prune_old_sessions(T0 + 1) == 950
+    assert store.get_sessions() == []
+
+
+def test_pruning_spares_what_was_pinned_while_it_ran(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("kept", "gone"):
+        store.save_session(session(name, end_time=T0, status="completed"))
+        store.save_session(
+            session(f"{name} child", parent_session_id=name, end_time=T0, status="completed")
+        )
+    select = store._select_prunable
+
+    def then_pin(connection: Any, older_than: int) -> list[Any]:
+        rows = list(select(connection, older_than))
+        store.update_session("kept child", is_pinned=True)
+        return rows
+
+    monkeypatch.setattr(store, "_select_prunable", then_pin)
+    assert store.prune_old_sessions(T0 + 1) == 2
+    assert {s.session_id for s in store.get_sessions()} == {"kept", "kept child"}
+
+
+def test_old_deletions_are_forgotten(store: BaseStore, database: Database) -> None:
+    store.save_session(session("lists", child_session_ids=("old", "young")))
+    for name in ("old", "young"):
+        store.save_session(session(name))
+        store.delete_session(name)
+    long_ago = round(time.time() * 1000) - 91 * DAY
+    database.execute(
+        f"UPDATE deleted_sessions SET deleted_at = {long_ago} WHERE session_id = 'old'"
+    )
+    assert store.prune_old_sessions(T0 - 1) == 0
+    assert database.execute("SELECT session_id FROM deleted_sessions") == [("young",)]
+    assert store.save_event(event("old")) is True
+    assert store.save_event(event("young")) is False
+    store.delete_session("old")
+    assert get(store, "lists").child_session_ids == ()
+
+
+def test_pruning_takes_a_time_in_milliseconds(store: BaseStore) -> None:
+    with pytest.raises(InvalidRecord, match="^older_than: .*seconds"):
+        store.prune_old_sessions(1_700_000_000)
