@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from contextuate_persist.protocol import SessionFields
+    from contextuate_persist.schema import Migration, SchemaSession
 
 T = TypeVar("T")
 
@@ -354,6 +355,14 @@ def session_from_row(row: Sequence[Any]) -> SessionMeta:
 
 def _json(value: Any) -> Any:
     return orjson.loads(value) if value else []
+
+
+def by_table(rows: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """The columns of each table, from pairs of table and column."""
+    tables: dict[str, set[str]] = {}
+    for table, column in rows:
+        tables.setdefault(table, set()).add(column)
+    return tables
 
 
 # --- Trees ----------------------------------------------------------------------------------------
@@ -886,10 +895,33 @@ class BaseStore(ABC):
     def health(self) -> Health:
         return self._run(self._health)
 
+    # --- Schema: the owner's account, by explicit command -------------------------------------
+
+    def apply_schema(self, timeout: float = 60.0) -> bool:
+        """Create the schema in an empty database; False if it is there already.
+
+        Needs the owner's account; the store need not be open. Safe in several processes at once:
+        one works, the others wait, at most `timeout` seconds, then raise StoreUnavailable. Raises
+        SchemaError for a database of another version, or with tables of another origin.
+        """
+        with self._schema_session(timeout) as session:
+            return schema.apply(session)
+
+    def upgrade_schema(self, *, dry_run: bool = False, timeout: float = 60.0) -> list[Migration]:
+        """Bring the schema to the current version; returns the migrations that were needed.
+
+        As safe as `apply_schema`, and an interrupted upgrade goes on where it was. Adopts a
+        database made by contextuate's own SQL. With `dry_run` nothing is changed. Raises
+        SchemaError for a newer database and for tables of another origin.
+        """
+        with self._schema_session(timeout) as session:
+            return schema.pending(session) if dry_run else schema.upgrade(session)
+
     def load_sample(self) -> None:
         """Store the sample data of schemas/sample-data.sql; what is there already stays."""
         script = schema.schema_file("sample-data.sql").read_text(encoding="utf-8")
-        self._run(lambda connection: self._run_script(connection, script), transaction=True)
+        statements = schema.split_script(script, self.backend)
+        self._run(lambda connection: self._run_statements(connection, statements), transaction=True)
 
     # --- Running ----------------------------------------------------------------------------------
 
@@ -1028,17 +1060,12 @@ class BaseStore(ABC):
         """Forget deletions older than so many milliseconds."""
 
     @abstractmethod
-    def _run_script(self, connection: Any, script: str) -> None:
-        """Execute a script of schemas/."""
+    def _run_statements(self, connection: Any, statements: list[str]) -> None:
+        """Execute statements of schemas/, which have no parameters."""
 
     @abstractmethod
-    def apply_schema(self, timeout: float = 60.0) -> bool:
-        """Create what is missing of the schema; True if there was something to do.
-
-        Needs the owner's account; the store need not be open. Safe in several processes at once:
-        one works, the others wait, at most `timeout` seconds. Raises SchemaError for a database
-        whose schema is of another version or not this library's.
-        """
+    def _schema_session(self, timeout: float) -> AbstractContextManager[SchemaSession]:
+        """A connection of its own that holds the schema lock; raises StoreUnavailable."""
 
     @abstractmethod
     def _health(self, connection: Any) -> Health: ...

@@ -20,7 +20,7 @@ from mysql.connector.errors import Error as MySQLError
 from contextuate_persist import base, payload, schema
 from contextuate_persist.base import BaseStore, EventRow, Fault, Seed
 from contextuate_persist.config import is_local
-from contextuate_persist.errors import ConfigurationError, SchemaError, StoreUnavailable
+from contextuate_persist.errors import ConfigurationError, StoreUnavailable
 from contextuate_persist.model import Health
 
 try:
@@ -508,10 +508,27 @@ ORDER BY version DESC
 LIMIT 1
 """
 
-SELECT_TABLES = """
-SELECT COUNT(*)
-FROM information_schema.tables
-WHERE table_schema = DATABASE() AND table_name IN ('sessions', 'events')
+SELECT_CHECKSUMS = """
+SELECT version, checksum
+FROM schema_version
+"""
+
+SELECT_COLUMNS = """
+SELECT table_name, column_name
+FROM information_schema.columns
+WHERE table_schema = DATABASE()
+"""
+
+RECORD_VERSION = """
+INSERT INTO schema_version (version, name, checksum)
+VALUES (%(version)s, %(name)s, %(checksum)s)
+ON DUPLICATE KEY UPDATE name = %(name)s, checksum = %(checksum)s
+"""
+
+SET_LOCK_TIMEOUT = "SET SESSION lock_wait_timeout = {seconds}"
+
+LOCK_SCHEMA = """
+SELECT GET_LOCK(CONCAT('contextuate_schema_', LEFT(SHA2(%(database)s, 256), 40)), %(seconds)s)
 """
 
 SELECT_SERVER = "SELECT VERSION(), @@max_allowed_packet, DATABASE()"
@@ -574,9 +591,9 @@ class MySQLStore(BaseStore):
         if packet >= 4 * payload.MAX_PAYLOAD_BYTES:
             self._row_bytes = packet
 
-    def _connect(self) -> Any:
+    def _connect(self, **arguments: Any) -> Any:
         try:
-            connection: Any = mysql.connector.connect(**self._arguments)
+            connection: Any = mysql.connector.connect(**self._arguments | arguments)
         except (MySQLError, MySQLInterfaceError) as error:
             raise StoreUnavailable(f"{self._place}: {_reason(error)}") from error
         try:
@@ -818,40 +835,58 @@ class MySQLStore(BaseStore):
             pool_in_use=self._living_pool().in_use,
         )
 
-    def _run_script(self, connection: Any, script: str) -> None:
-        for statement in schema.split_mysql_script(script):
+    def _run_statements(self, connection: Any, statements: list[str]) -> None:
+        for statement in statements:
             connection.cmd_query(statement.encode())
 
-    def apply_schema(self, timeout: float = 60.0) -> bool:
-        connection = self._connect()
+    @contextlib.contextmanager
+    def _schema_session(self, timeout: float) -> Iterator[MySQLSchema]:
+        connection = self._connect(read_timeout=None)  # a migration may take hours
         try:
             # The lock is the server's, so its name carries the database's; 64 characters at most.
             named = {"database": self._arguments["database"], "seconds": round(timeout)}
-            if _execute(connection, GET_SCHEMA_LOCK, named)[0][0] != 1:
+            if _execute(connection, LOCK_SCHEMA, named)[0][0] != 1:
                 raise StoreUnavailable(f"{self._place}: another process changes the schema")
-            if found := _read_version(connection):
-                schema.require_version(found, self._place)
-                return False
-            started = _has_version_table(connection)
-            if not started and _execute(connection, SELECT_TABLES)[0][0]:
-                raise SchemaError(
-                    f"{self._place} has tables of another origin: use an empty database"
-                )
-            script = schema.schema_file("mysql-schema.sql").read_text(encoding="utf-8")
-            # MySQL commits every statement by itself: what was interrupted is simply run again.
-            self._run_script(connection, script)
+            # An ALTER that waits stops every later writer: better to give up and come again.
+            seconds = max(1, round(self._lock_timeout))
+            connection.cmd_query(SET_LOCK_TIMEOUT.format(seconds=seconds).encode())
+            yield MySQLSchema(connection, self._place)
         except (MySQLError, MySQLInterfaceError) as error:
-            fault = self._fault(error) or Fault.REFUSED
-            raise self._error(fault, error) from error
-        else:
-            return True
+            raise self._error(self._fault(error) or Fault.REFUSED, error) from error
         finally:
             _close_quietly(connection)
 
 
-GET_SCHEMA_LOCK = """
-SELECT GET_LOCK(CONCAT('contextuate_schema_', LEFT(SHA2(%(database)s, 256), 40)), %(seconds)s)
-"""
+class MySQLSchema:
+    """The catalogue of a database, under the schema lock; implements SchemaSession."""
+
+    backend = MySQLStore.backend
+
+    def __init__(self, connection: Any, place: str) -> None:
+        self._connection = connection
+        self.place = place
+
+    def read_version(self) -> schema.SchemaVersion | None:
+        return _read_version(self._connection)
+
+    def read_checksums(self) -> dict[int, str | None]:
+        return dict(_execute(self._connection, SELECT_CHECKSUMS))
+
+    def read_columns(self) -> dict[str, set[str]]:
+        return base.by_table(_execute(self._connection, SELECT_COLUMNS))
+
+    def holds(self, query: str) -> bool:
+        return bool(_execute(self._connection, query))
+
+    def run(self, statement: str) -> None:
+        self._connection.cmd_query(statement.encode())
+
+    def record(self, version: int, name: str, checksum: str | None) -> None:
+        row = {"version": version, "name": name, "checksum": checksum}
+        _execute_write(self._connection, RECORD_VERSION, row)
+
+    def transaction(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
 
 # --- Statements and values ------------------------------------------------------------------------
@@ -1068,16 +1103,6 @@ def _read_version(connection: Any) -> schema.SchemaVersion | None:
             return None
         raise
     return schema.SchemaVersion(*rows[0]) if rows else None
-
-
-def _has_version_table(connection: Any) -> bool:
-    try:
-        _execute(connection, SELECT_VERSION)
-    except (MySQLError, MySQLInterfaceError) as error:
-        if getattr(error, "errno", None) == _NO_SUCH_TABLE:
-            return False
-        raise
-    return True
 
 
 _NO_SUCH_TABLE = 1146

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import psycopg
@@ -18,7 +18,7 @@ from psycopg.types.json import Jsonb
 from contextuate_persist import base, payload, schema
 from contextuate_persist.base import BaseStore, EventRow, Fault, Seed
 from contextuate_persist.config import is_local
-from contextuate_persist.errors import ConfigurationError, SchemaError, StoreUnavailable
+from contextuate_persist.errors import ConfigurationError, StoreUnavailable
 from contextuate_persist.model import Health
 
 # --- Events ---------------------------------------------------------------------------------------
@@ -456,9 +456,26 @@ ORDER BY version DESC
 LIMIT 1
 """
 
-SELECT_TABLES = """
-SELECT to_regclass('schema_version') IS NOT NULL, to_regclass('sessions') IS NOT NULL
+SELECT_CHECKSUMS = """
+SELECT version, checksum
+FROM schema_version
 """
+
+SELECT_COLUMNS = """
+SELECT table_name, column_name
+FROM information_schema.columns
+WHERE table_schema = current_schema()
+"""
+
+RECORD_VERSION = """
+INSERT INTO schema_version (version, name, checksum)
+VALUES (%(version)s, %(name)s, %(checksum)s)
+ON CONFLICT (version) DO UPDATE SET name = EXCLUDED.name, checksum = EXCLUDED.checksum
+"""
+
+SET_LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %(lock)s, FALSE)"
+
+LOCK_SCHEMA = "SELECT pg_try_advisory_lock(%(key)s)"
 
 SET_TIMEOUTS = """
 SELECT
@@ -816,32 +833,59 @@ class PostgreSQLStore(BaseStore):
             pool_in_use=pool["pool_size"] - pool["pool_available"],
         )
 
-    def _run_script(self, connection: psycopg.Connection[Any], script: str) -> None:
-        connection.execute(script)
+    def _run_statements(self, connection: psycopg.Connection[Any], statements: list[str]) -> None:
+        for statement in statements:
+            connection.execute(statement)
 
-    def apply_schema(self, timeout: float = 60.0) -> bool:
+    @contextmanager
+    def _schema_session(self, timeout: float) -> Iterator[PostgreSQLSchema]:
         with self._connect() as connection:
             deadline = time.monotonic() + timeout
             # Polled, not waited for: a waiting lock is an open snapshot, and stops CREATE INDEX
             # CONCURRENTLY of whoever holds it.
-            while not connection.execute(
-                "SELECT pg_try_advisory_lock(%s)", [SCHEMA_LOCK]
-            ).fetchall()[0][0]:
+            while not connection.execute(LOCK_SCHEMA, {"key": SCHEMA_LOCK}).fetchall()[0][0]:
                 if time.monotonic() > deadline:
                     raise StoreUnavailable(f"{self._place}: another process changes the schema")
                 time.sleep(0.05)
-            if found := _read_version(connection):
-                schema.require_version(found, self._place)
-                return False
-            _, has_sessions = connection.execute(SELECT_TABLES).fetchall()[0]
-            if has_sessions:
-                raise SchemaError(
-                    f"{self._place} has tables of another origin: use an empty database"
-                )
-            script = schema.schema_file("postgresql-schema.sql").read_text(encoding="utf-8")
-            with connection.transaction():
-                connection.execute(script)
-            return True
+            # An ALTER that waits stops every later writer: better to give up and come again.
+            milliseconds = str(round(self._lock_timeout * 1000))
+            connection.execute(SET_LOCK_TIMEOUT, {"lock": milliseconds})
+            try:
+                yield PostgreSQLSchema(connection, self._place)
+            except psycopg.Error as error:
+                raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+
+
+class PostgreSQLSchema:
+    """The catalogue of a database, under the schema lock; implements SchemaSession."""
+
+    backend = PostgreSQLStore.backend
+
+    def __init__(self, connection: psycopg.Connection[Any], place: str) -> None:
+        self._connection = connection
+        self.place = place
+
+    def read_version(self) -> schema.SchemaVersion | None:
+        return _read_version(self._connection)
+
+    def read_checksums(self) -> dict[int, str | None]:
+        return dict(self._connection.execute(SELECT_CHECKSUMS).fetchall())
+
+    def read_columns(self) -> dict[str, set[str]]:
+        return base.by_table(self._connection.execute(SELECT_COLUMNS).fetchall())
+
+    def holds(self, query: str) -> bool:
+        return self._connection.execute(query).fetchone() is not None
+
+    def run(self, statement: str) -> None:
+        self._connection.execute(statement)
+
+    def record(self, version: int, name: str, checksum: str | None) -> None:
+        row = {"version": version, "name": name, "checksum": checksum}
+        self._connection.execute(RECORD_VERSION, row)
+
+    def transaction(self) -> AbstractContextManager[object]:
+        return self._connection.transaction()
 
 
 def _read_version(connection: psycopg.Connection[Any]) -> schema.SchemaVersion | None:
