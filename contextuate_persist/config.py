@@ -1,37 +1,45 @@
-"""From a URL, the environment or nothing at all to a store."""
+"""From a URL, the environment, a configuration file or nothing at all to a store."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
+import logging
 import os
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode, urlsplit
 
-from contextuate_persist.base import BaseStore
 from contextuate_persist.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from contextuate_persist.base import BaseStore
+
 ENVIRONMENT_URL = "CONTEXTUATE_DATABASE_URL"
+ENVIRONMENT_CONFIG = "CONTEXTUATE_CONFIG"
+ENVIRONMENT_PASSWORD = "CONTEXTUATE_DATABASE_PASSWORD"  # noqa: S105  (a name, not a password)
+#: contextuate's own file. Never one of the working directory: that may be somebody else's.
+CONFIG_FILE = Path("~/.contextuate/monitor/config.json")
+
+_logger = logging.getLogger(__name__)
 
 
-def is_local(host: str) -> bool:
-    """Whether a host is this machine: a socket directory, a loopback address, or nothing at all."""
-    if not host or host.startswith(("/", "@")) or host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def open_store(url: str | None = None, **options: Any) -> BaseStore:
+def open_store(
+    url: str | None = None, *, config: str | Path | None = None, **options: Any
+) -> BaseStore:
     """A store for a database: `with open_store() as store:` opens and closes it.
 
-    `url` (`postgresql://...` or `mysql://...`), else CONTEXTUATE_DATABASE_URL, else the embedded
-    default, a private PostgreSQL that needs no set-up. Connects to nothing yet. `options` go to the
-    store: `pool_size`, and in seconds `connect_timeout`, `pool_timeout`, `statement_timeout` and
-    `lock_timeout`. Raises ConfigurationError for a URL that names no known database.
+    The first of these that is given decides: `url` (`postgresql://...` or `mysql://...`);
+    CONTEXTUATE_DATABASE_URL; the `persistence` block of the configuration file (`config`, else
+    CONTEXTUATE_CONFIG, else ~/.contextuate/monitor/config.json); the embedded default, a private
+    PostgreSQL that needs no set-up. Connects to nothing yet. `options` go to the store:
+    `pool_size`, and in seconds `connect_timeout`, `pool_timeout`, `statement_timeout` and
+    `lock_timeout`. Raises ConfigurationError, naming the setting, for what cannot work.
     """
-    url = url or os.environ.get(ENVIRONMENT_URL)
+    if not url and config is None:
+        url = os.environ.get(ENVIRONMENT_URL)
+    url = url or _url_of_file(config)
     if not url:
         from contextuate_persist.embedded import EmbeddedStore  # noqa: PLC0415  (only if needed)
 
@@ -52,3 +60,149 @@ def open_store(url: str | None = None, **options: Any) -> BaseStore:
         "database URL: it begins with postgresql:// or mysql://, "
         f"not with {scheme + '://' if scheme else 'what was given'}"
     )
+
+
+def is_local(host: str) -> bool:
+    """Whether a host is this machine: a socket directory, a loopback address, or nothing at all."""
+    if not host or host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# --- The configuration file -----------------------------------------------------------------------
+
+_DATABASE_KEYS = {
+    "host": str,
+    "port": int,
+    "socket": str,
+    "database": str,
+    "user": str,
+    "password": str,
+    "passwordFile": str,
+    "optionFile": str,
+    "tls": dict,
+}
+_TLS_KEYS = {"mode": str, "ca": str, "cert": str, "key": str}
+#: One set of words for both databases, libpq's; beside each MySQL's.
+_TLS_MODES = {
+    "disable": "DISABLED",
+    "prefer": "PREFERRED",
+    "require": "REQUIRED",
+    "verify-ca": "VERIFY_CA",
+    "verify-full": "VERIFY_IDENTITY",
+}
+_DEFAULT_DATABASE = "contextuate_monitor"
+
+
+def _url_of_file(config: str | Path | None) -> str | None:
+    """The URL that the configuration file stands for; None if there is no file or no block."""
+    named = config or os.environ.get(ENVIRONMENT_CONFIG)
+    path = Path(named or CONFIG_FILE).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if named is None:
+            return None
+        raise ConfigurationError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from None
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: not JSON: {error}") from None
+    block = _typed(content, "the file", path).get("persistence")
+    if block is None:
+        return None
+    block = _typed(block, "persistence", path)
+    if block.get("enabled", True) is not True:
+        raise ConfigurationError(
+            f"{path}: persistence.enabled is not true: set it, or set {ENVIRONMENT_URL}"
+        )
+    kind = block.get("type")
+    if kind == "file":
+        raise ConfigurationError(
+            f'{path}: persistence.type "file" is contextuate\'s own store: set it to "postgresql" '
+            f'or "mysql" (`contextuate-persist import` takes the files over), or set '
+            f"{ENVIRONMENT_URL}"
+        )
+    if kind not in ("postgresql", "mysql"):
+        raise ConfigurationError(f'{path}: persistence.type is one of "postgresql" and "mysql"')
+    database = _checked(block.get("database", {}), "persistence.database", _DATABASE_KEYS, path)
+    if "password" in database and path.stat().st_mode & 0o077:
+        _logger.warning("%s holds a password and others can read it: chmod 600 it", path)
+    return _url_of_block(kind, database, path)
+
+
+def _typed(value: Any, name: str, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{path}: {name} is not a JSON object")
+    return value
+
+
+def _checked(value: Any, name: str, keys: Mapping[str, type], path: Path) -> dict[str, Any]:
+    for key, given in _typed(value, name, path).items():
+        if key not in keys:
+            known = ", ".join(keys)
+            raise ConfigurationError(f"{path}: {name}.{key} is not known; known are {known}")
+        if type(given) is not keys[key]:
+            raise ConfigurationError(f"{path}: {name}.{key} is not of type {keys[key].__name__}")
+    return dict(value)
+
+
+def _url_of_block(kind: str, database: dict[str, Any], path: Path) -> str:
+    login = quote(database.get("user", ""), safe="")
+    if password := _password(database, path):
+        login += ":" + quote(password, safe="")
+    host = database.get("host", "localhost")
+    place = f"[{host}]" if ":" in host else quote(host, safe="")
+    if "port" in database:
+        place += f":{database['port']}"
+    parameters = _tls_parameters(kind, database.get("tls", {}), path)
+    if "socket" in database:
+        if kind == "postgresql":
+            place = f":{database['port']}" if "port" in database else ""
+            parameters["host"] = database["socket"]
+        else:
+            parameters["socket"] = database["socket"]
+    if "optionFile" in database:
+        if kind != "mysql":
+            raise ConfigurationError(
+                f"{path}: persistence.database.optionFile is MySQL's: use passwordFile, or "
+                "PGPASSFILE in the environment"
+            )
+        parameters["option-file"] = database["optionFile"]
+    name = quote(database.get("database", _DEFAULT_DATABASE), safe="")
+    query = f"?{urlencode(parameters)}" if parameters else ""
+    return f"{kind}://{login}{'@' if login else ''}{place}/{name}{query}"
+
+
+def _password(database: Mapping[str, Any], path: Path) -> str:
+    """From the environment, else from a file of its own, else from the block."""
+    if password := os.environ.get(ENVIRONMENT_PASSWORD):
+        return password
+    if "passwordFile" in database:
+        file = Path(database["passwordFile"]).expanduser()
+        try:
+            return file.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = f"{path}: persistence.database.passwordFile cannot be read: {error}"
+            raise ConfigurationError(reason) from None
+    return str(database.get("password", ""))
+
+
+def _tls_parameters(kind: str, tls: dict[str, Any], path: Path) -> dict[str, str]:
+    tls = _checked(tls, "persistence.database.tls", _TLS_KEYS, path)
+    mode = tls.pop("mode", None)
+    if mode is not None and mode not in _TLS_MODES:
+        modes = ", ".join(_TLS_MODES)
+        raise ConfigurationError(f"{path}: persistence.database.tls.mode is one of {modes}")
+    files = {name: str(Path(file).expanduser()) for name, file in tls.items()}
+    if kind == "mysql":
+        named = {f"ssl-{name}": file for name, file in files.items()}
+        return named | ({"ssl-mode": _TLS_MODES[mode]} if mode else {})
+    words = {"ca": "sslrootcert", "cert": "sslcert", "key": "sslkey"}
+    named = {words[name]: file for name, file in files.items()}
+    return named | ({"sslmode": mode} if mode else {})

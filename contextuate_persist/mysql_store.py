@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -557,7 +558,8 @@ class MySQLStore(BaseStore):
 
         Parameters: `socket`, `ssl-mode` (DISABLED, PREFERRED, REQUIRED, VERIFY_CA,
         VERIFY_IDENTITY; without it a server elsewhere is verified), `ssl-ca`, `ssl-cert`,
-        `ssl-key`, and `use-pure=1` for the driver's pure Python implementation.
+        `ssl-key`, `option-file` (its [client] group may hold user and password), and `use-pure=1`
+        for the driver's pure Python implementation.
         """
         super().__init__(**options)
         self._arguments, self._place = _parse(url)
@@ -1135,6 +1137,10 @@ def _parse(url: str) -> tuple[dict[str, Any], str]:
     if socket := given.pop("socket", ""):
         arguments["unix_socket"] = socket
         place = f"MySQL at {socket}, database {database}"
+    if option_file := given.pop("option-file", ""):
+        # The group that every MySQL client reads; the URL's own words win over it.
+        arguments["option_files"] = str(Path(option_file).expanduser())
+        arguments["option_groups"] = ["client"]
     if given.pop("use-pure", "") in ("1", "true"):
         arguments["use_pure"] = True
     arguments |= _tls(given, local=bool(socket) or is_local(host))
