@@ -75,10 +75,10 @@ class ServerRefusedData(InvalidRecord):
     """The server did not take a value: which one is found by bisection."""
 
 
-class DeletedMeanwhile(Exception):
-    """Some rows of a chunk belong to deleted sessions: start over with the others."""
+class StartOver(Exception):
+    """Undo a chunk and do it again with `remaining` only, or if that is None without repeats."""
 
-    def __init__(self, remaining: list[EventRow]) -> None:
+    def __init__(self, remaining: list[EventRow] | None = None) -> None:
         self.remaining = remaining
 
 
@@ -211,10 +211,21 @@ def links_of(rows: Iterable[EventRow]) -> dict[str, str]:
 
 
 def drop_deleted(rows: list[EventRow], deleted: Mapping[str, int]) -> None:
-    """Raise DeletedMeanwhile if events are not newer than the deletion of their session."""
+    """Raise StartOver if events are not newer than the deletion of their session."""
     remaining = [row for row in rows if row.event.timestamp > deleted.get(row.event.session_id, 0)]
     if len(remaining) < len(rows):
-        raise DeletedMeanwhile(remaining)
+        raise StartOver(remaining)
+
+
+def accept_inserted(rows: list[EventRow], inserted: int, sessions_changed: int) -> int:
+    """The number of new events; raises StartOver if repeats may have changed sessions.
+
+    An event that is stored already is ignored with all it tells, but whether it is, only the insert
+    finds out, after the sessions. Mostly they knew it all, and nothing has to be undone.
+    """
+    if inserted < len(rows) and sessions_changed:
+        raise StartOver
+    return inserted
 
 
 # --- Sessions as parameters and rows --------------------------------------------------------------
@@ -588,8 +599,12 @@ class BaseStore(ABC):
                 return self._run(
                     partial(self._insert_events, rows=rows, undelete=undelete), transaction=True
                 )
-            except DeletedMeanwhile as deleted:
-                rows = deleted.remaining
+            except StartOver as again:
+                if again.remaining is not None:
+                    rows = again.remaining
+                    continue
+                known = set(self._run(partial(self._select_known_ids, rows=rows)))
+                rows = [row for row in rows if row.id not in known]
         return 0
 
     def _check_row(self, row: EventRow) -> None:
@@ -941,7 +956,7 @@ class BaseStore(ABC):
             try:
                 with self._connection(transaction) as connection:
                     return work(connection)
-            except (PersistenceError, DeletedMeanwhile):
+            except (PersistenceError, StartOver):
                 raise
             except Exception as error:
                 fault = self._fault(error)
@@ -999,7 +1014,11 @@ class BaseStore(ABC):
 
     @abstractmethod
     def _insert_events(self, connection: Any, rows: list[EventRow], undelete: bool) -> int:
-        """Make or lock the sessions, insert the events; raises DeletedMeanwhile."""
+        """Make or lock the sessions, insert the events; raises StartOver."""
+
+    @abstractmethod
+    def _select_known_ids(self, connection: Any, rows: list[EventRow]) -> list[str]:
+        """The ids, among those of the rows, that are stored."""
 
     @abstractmethod
     def _select_events(

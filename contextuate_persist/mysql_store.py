@@ -136,6 +136,12 @@ VALUES %(rows)s
 ON DUPLICATE KEY UPDATE id = events.id
 """
 
+SELECT_KNOWN_IDS = """
+SELECT BIN_TO_UUID(e.id)
+FROM JSON_TABLE(%(ids)s, '$[*]' COLUMNS (id CHAR(36) PATH '$')) AS given
+JOIN events AS e ON e.id = UUID_TO_BIN(given.id)
+"""
+
 SELECT_EVENTS = """
 SELECT
     BIN_TO_UUID(e.id), e.seq, e.timestamp, e.session_id, e.parent_session_id, e.machine_id,
@@ -691,7 +697,7 @@ class MySQLStore(BaseStore):
         return _execute_write(connection, INSERT_EVENT, parameters) == 1
 
     def _insert_events(self, connection: Any, rows: list[EventRow], undelete: bool) -> int:
-        _send(connection, SEED_SESSIONS, {"rows": base.seeds_of(rows)})
+        changed = _send(connection, SEED_SESSIONS, {"rows": base.seeds_of(rows)})
         touched = list({row.event.session_id for row in rows})
         if undelete:
             _send(connection, UNDELETE_SESSIONS, {"session_ids": touched})
@@ -700,8 +706,14 @@ class MySQLStore(BaseStore):
         ):
             base.drop_deleted(rows, deleted)
         for child, parent in base.links_of(rows).items():
-            _execute_write(connection, LINK_PARENT, {"child_id": child, "parent_id": parent})
-        return _send(connection, INSERT_EVENTS, {"rows": map(_event_values, rows)})
+            link = {"child_id": child, "parent_id": parent}
+            changed += _execute_write(connection, LINK_PARENT, link)
+        inserted = _send(connection, INSERT_EVENTS, {"rows": map(_event_values, rows)})
+        return base.accept_inserted(rows, inserted, changed)
+
+    def _select_known_ids(self, connection: Any, rows: list[EventRow]) -> list[str]:
+        ids = {"ids": base.json_list(row.id for row in rows)}
+        return [row[0] for row in _execute(connection, SELECT_KNOWN_IDS, ids)]
 
     def _select_events(
         self, connection: Any, filters: Mapping[str, Any], newest_first: bool, limit: int

@@ -109,6 +109,12 @@ VALUES (
 ON CONFLICT (id) DO NOTHING
 """
 
+SELECT_KNOWN_IDS = """
+SELECT e.id::text
+FROM events AS e
+WHERE e.id = ANY(%(ids)s::uuid[])
+"""
+
 SELECT_EVENTS = """
 SELECT
     e.id::text AS id, e.seq, e.timestamp, e.session_id, e.parent_session_id, e.machine_id,
@@ -246,7 +252,9 @@ ON CONFLICT (session_id) DO UPDATE SET
 """
 
 # Two columns are computed: the sessions whose effective parent this one is, and the ids that were
-# listed although they are deleted or belong to another.
+# listed although they are deleted or belong to another. OFFSET 0 keeps the two look-ups by key: for
+# an array the planner assumes 100 rows and would read both tables whole (88 ms instead of 12 for
+# 3,450 sessions).
 SELECT_SESSIONS = """
 SELECT
     s.session_id, s.machine_id, s.working_directory, s.start_time, s.end_time, s.status::text,
@@ -262,8 +270,18 @@ SELECT
     (
         SELECT jsonb_agg(listed.session_id)
         FROM jsonb_array_elements_text(s.child_session_ids) AS listed (session_id)
-        LEFT JOIN sessions AS child ON child.session_id = listed.session_id
-        LEFT JOIN deleted_sessions AS gone ON gone.session_id = listed.session_id
+        LEFT JOIN LATERAL (
+            SELECT c.session_id, c.effective_parent_id
+            FROM sessions AS c
+            WHERE c.session_id = listed.session_id
+            OFFSET 0
+        ) AS child ON TRUE
+        LEFT JOIN LATERAL (
+            SELECT d.session_id
+            FROM deleted_sessions AS d
+            WHERE d.session_id = listed.session_id
+            OFFSET 0
+        ) AS gone ON TRUE
         WHERE child.effective_parent_id <> s.session_id
             OR child.session_id IS NULL AND gone.session_id IS NOT NULL
     ) AS strangers
@@ -625,7 +643,7 @@ class PostgreSQLStore(BaseStore):
     def _insert_events(
         self, connection: psycopg.Connection[Any], rows: list[EventRow], undelete: bool
     ) -> int:
-        self._seed(connection, base.seeds_of(rows))
+        changed = self._seed(connection, base.seeds_of(rows))
         touched = {"session_ids": list({row.event.session_id for row in rows})}
         if undelete:
             connection.execute(UNDELETE_SESSIONS, touched)
@@ -633,12 +651,19 @@ class PostgreSQLStore(BaseStore):
             base.drop_deleted(rows, deleted)
         if links := base.links_of(rows):
             family = {"children": list(links), "parents": list(links.values())}
-            connection.execute(LINK_PARENTS, family)
+            changed += connection.execute(LINK_PARENTS, family).rowcount
         with connection.cursor() as cursor:
             cursor.executemany(INSERT_EVENTS, [self._parameters(row) for row in rows])
-            return cursor.rowcount
+            return base.accept_inserted(rows, cursor.rowcount, changed)
 
-    def _seed(self, connection: psycopg.Connection[Any], seeds: list[Seed]) -> None:
+    def _select_known_ids(
+        self, connection: psycopg.Connection[Any], rows: list[EventRow]
+    ) -> list[str]:
+        ids = {"ids": [row.id for row in rows]}
+        return [row[0] for row in connection.execute(SELECT_KNOWN_IDS, ids)]
+
+    def _seed(self, connection: psycopg.Connection[Any], seeds: list[Seed]) -> int:
+        """Lock the sessions, or make them; how many were made or changed."""
         columns = [list(column) for column in zip(*seeds, strict=True)]
         names = (
             "session_ids",
@@ -648,7 +673,7 @@ class PostgreSQLStore(BaseStore):
             "known_from",
             "exact",
         )
-        connection.execute(SEED_SESSIONS, dict(zip(names, columns, strict=True)))
+        return connection.execute(SEED_SESSIONS, dict(zip(names, columns, strict=True))).rowcount
 
     def _parameters(self, row: EventRow) -> dict[str, Any]:
         event = row.event
@@ -685,9 +710,8 @@ class PostgreSQLStore(BaseStore):
                 member, by_name = TYPE_CLAUSES[name]
                 if filters[name] not in getattr(self, types):
                     self._read_types(connection)  # an upgrade may have added it meanwhile
-                choices = (
-                    [by_name] if filters[name] not in getattr(self, types) else [member, by_name]
-                )
+                known = filters[name] in getattr(self, types)
+                choices = [member, by_name] if known else [by_name]
                 branches = [[*branch, choice] for branch in branches for choice in choices]
         parameters: dict[str, Any] = {**filters, "limit": limit}
         if "contains" in filters:
@@ -709,7 +733,10 @@ class PostgreSQLStore(BaseStore):
             for branch in branches
         ]
         query = queries[0] if len(queries) == 1 else f"({') UNION ALL ('.join(queries)}) {tail}"
-        return connection.execute(query, parameters).fetchall()
+        # A plan made once for any value would, for a rare one, walk all events (20 ms instead of 0.5
+        # among 100,000); only where a session or a call bounds it can that do no harm.
+        prepare = None if {"session_id", "tool_use_id"} & filters.keys() else False
+        return connection.execute(query, parameters, prepare=prepare).fetchall()
 
     def _select_event(
         self, connection: psycopg.Connection[Any], session_id: str, event_id: str

@@ -292,7 +292,3 @@ def _parted(text: str) -> tuple[str, str]:
     while match := _COMMENT.match(text, end):
         end = match.end()
     return text[:end], text[end:].strip()
-
-
-def split_mysql_script(script: str) -> list[str]:
-    return split_script(script, "mysql")

@@ -56,7 +56,7 @@ CREATE TABLE IF NOT EXISTS sessions (
     PRIMARY KEY (session_id),
 
     -- get_sessions(status=)
-    KEY idx_status (status, start_time DESC),
+    KEY idx_status (status, start_time DESC, session_id DESC),
     -- the foreign key: what must change when a parent is deleted
     KEY idx_parent_session_id (parent_session_id),
     -- the children of a session: get_session, get_sessions(parent_session_id=), session_tree
@@ -64,11 +64,9 @@ CREATE TABLE IF NOT EXISTS sessions (
     -- get_sessions(), newest first
     KEY idx_start_time (start_time DESC, session_id DESC),
     -- get_sessions(machine_id=)
-    KEY idx_machine_id (machine_id, start_time DESC),
+    KEY idx_machine_id (machine_id, start_time DESC, session_id DESC),
     -- get_sessions(hidden=, status=)
-    KEY idx_hidden_status (hidden, status, start_time DESC),
-    -- active_sessions: pinned first, newest first
-    KEY idx_pinned (is_pinned, start_time DESC),
+    KEY idx_hidden_status (hidden, status, start_time DESC, session_id DESC),
 
     CONSTRAINT sessions_parent_session_id_fkey FOREIGN KEY (parent_session_id)
         REFERENCES sessions (session_id) ON DELETE SET NULL,
@@ -301,8 +299,9 @@ BEGIN
     ORDER BY event_count DESC, e.event_type;
 END //
 
--- What the library's prune_old_sessions does, in one transaction. The ids are collected first, since
--- MySQL cannot delete from a table that the same statement reads.
+-- What the library's prune_old_sessions does, in one transaction; but only the library forgets old
+-- deletions. The ids are collected first, since MySQL cannot delete from a table that the same
+-- statement reads. Writers wait meanwhile, so that no pin, child or event of theirs goes unseen.
 CREATE PROCEDURE prune_old_sessions(IN older_than_ms BIGINT, OUT pruned INT)
     MODIFIES SQL DATA SQL SECURITY INVOKER
     COMMENT 'Delete old sessions, whole trees only, not pinned'
@@ -319,6 +318,7 @@ BEGIN
         session_id VARCHAR(255) NOT NULL PRIMARY KEY
     ) DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin;
 
+    SET TRANSACTION ISOLATION LEVEL SERIALIZABLE;
     START TRANSACTION;
     INSERT INTO sessions_to_prune (session_id)
     WITH RECURSIVE state AS (
@@ -348,8 +348,17 @@ BEGIN
     SELECT COUNT(*) INTO pruned
     FROM sessions AS s JOIN sessions_to_prune AS p ON p.session_id = s.session_id
     WHERE s.known_from <> 'reference';
+    -- An event dated later than the server's clock must not bring its session back either.
     INSERT INTO deleted_sessions (session_id, deleted_at)
-    SELECT p.session_id, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) FROM sessions_to_prune AS p
+    SELECT
+        p.session_id,
+        GREATEST(
+            CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED),
+            COALESCE(
+                (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = p.session_id), 0
+            )
+        )
+    FROM sessions_to_prune AS p
     ON DUPLICATE KEY UPDATE deleted_at = VALUES(deleted_at);
     DELETE s FROM sessions AS s JOIN sessions_to_prune AS p ON p.session_id = s.session_id;
     COMMIT;

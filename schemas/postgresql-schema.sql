@@ -168,7 +168,8 @@ CREATE TABLE IF NOT EXISTS token_ledger (
 -- Indexes: each names the query that it serves ----------------------------------------------------
 
 -- get_sessions(status=)
-CREATE INDEX IF NOT EXISTS idx_sessions_status ON sessions (status, start_time DESC);
+CREATE INDEX IF NOT EXISTS idx_sessions_status
+    ON sessions (status, start_time DESC, session_id DESC);
 -- the foreign key: what must change when a parent is deleted
 CREATE INDEX IF NOT EXISTS idx_sessions_parent_session_id ON sessions (parent_session_id);
 -- the children of a session: get_session, get_sessions(parent_session_id=), session_tree
@@ -176,18 +177,20 @@ CREATE INDEX IF NOT EXISTS idx_sessions_effective_parent ON sessions (effective_
 -- get_sessions(), newest first
 CREATE INDEX IF NOT EXISTS idx_sessions_start_time ON sessions (start_time DESC, session_id DESC);
 -- get_sessions(machine_id=)
-CREATE INDEX IF NOT EXISTS idx_sessions_machine_id ON sessions (machine_id, start_time DESC);
+CREATE INDEX IF NOT EXISTS idx_sessions_machine_id
+    ON sessions (machine_id, start_time DESC, session_id DESC);
 -- get_sessions(hidden=, status=)
-CREATE INDEX IF NOT EXISTS idx_sessions_hidden_status ON sessions (hidden, status, start_time DESC);
+CREATE INDEX IF NOT EXISTS idx_sessions_hidden_status
+    ON sessions (hidden, status, start_time DESC, session_id DESC);
 -- active_sessions: pinned first, newest first
-CREATE INDEX IF NOT EXISTS idx_sessions_pinned ON sessions (is_pinned, start_time DESC);
+CREATE INDEX IF NOT EXISTS idx_sessions_pinned ON sessions (is_pinned DESC, start_time DESC);
 -- which sessions list a deleted one: delete_session
 CREATE INDEX IF NOT EXISTS idx_sessions_child_ids ON sessions USING GIN (child_session_ids);
 -- get_sessions(status='active'): stays small while old sessions pile up
-CREATE INDEX IF NOT EXISTS idx_sessions_active ON sessions (start_time DESC)
+CREATE INDEX IF NOT EXISTS idx_sessions_active ON sessions (start_time DESC, session_id DESC)
     WHERE status = 'active';
 -- get_sessions(hidden=False)
-CREATE INDEX IF NOT EXISTS idx_sessions_visible ON sessions (start_time DESC)
+CREATE INDEX IF NOT EXISTS idx_sessions_visible ON sessions (start_time DESC, session_id DESC)
     WHERE hidden = FALSE;
 
 -- get_events, iter_events(session_id=), the last event of a session; the foreign key
@@ -228,6 +231,9 @@ CREATE INDEX IF NOT EXISTS idx_events_data ON events USING GIN (
     (data - '{toolInput,toolOutput,toolCalls,message,assistantResponse,thinking,thinkingBlocks,hook,line}'::text[])
     jsonb_path_ops
 );
+-- find_events(contains=), the few rows whose data is a projection: their exact payload is searched
+CREATE INDEX IF NOT EXISTS idx_events_exact ON events (timestamp DESC, seq DESC)
+    WHERE exact IS NOT NULL;
 
 -- the totals of a session from its messages; the foreign key
 CREATE INDEX IF NOT EXISTS idx_token_ledger_session ON token_ledger (session_id);
@@ -248,9 +254,9 @@ DO $$
 BEGIN
     IF NOT EXISTS (
         SELECT FROM pg_trigger
-        WHERE tgrelid = 'sessions'::regclass AND tgname = 'update_sessions_updated_at'
+        WHERE tgrelid = 'sessions'::regclass AND tgname = 'trigger_sessions_updated_at'
     ) THEN
-        CREATE TRIGGER update_sessions_updated_at BEFORE UPDATE ON sessions
+        CREATE TRIGGER trigger_sessions_updated_at BEFORE UPDATE ON sessions
             FOR EACH ROW EXECUTE FUNCTION update_updated_at_column();
     END IF;
 END
@@ -374,12 +380,16 @@ LANGUAGE sql STABLE AS $$
     ORDER BY amount DESC, name
 $$;
 
--- What the library's prune_old_sessions does, in one transaction.
+-- What the library's prune_old_sessions does, in one transaction; but only the library forgets old
+-- deletions. Writers wait meanwhile, so that no pin, child or event of theirs goes unseen.
 CREATE OR REPLACE FUNCTION prune_old_sessions(older_than_ms BIGINT) RETURNS INTEGER
 LANGUAGE plpgsql AS $$
 DECLARE
+    doomed TEXT[];
     pruned INTEGER;
 BEGIN
+    LOCK TABLE sessions IN EXCLUSIVE MODE;
+
     WITH RECURSIVE state AS (
         SELECT
             s.session_id,
@@ -399,16 +409,27 @@ BEGIN
         SELECT session_id FROM state WHERE NOT due
         UNION
         SELECT l.neighbour_id FROM kept AS k JOIN links AS l USING (session_id)
-    ),
-    gone AS (
-        DELETE FROM sessions AS s
-        WHERE NOT EXISTS (SELECT FROM kept AS k WHERE k.session_id = s.session_id)
-        RETURNING s.session_id, s.known_from
-    ),
-    remembered AS (
-        INSERT INTO deleted_sessions (session_id, deleted_at)
-        SELECT session_id, (extract(epoch FROM now()) * 1000)::bigint FROM gone
-        ON CONFLICT (session_id) DO UPDATE SET deleted_at = EXCLUDED.deleted_at
+    )
+    SELECT COALESCE(array_agg(s.session_id::text), '{}') INTO doomed
+    FROM sessions AS s
+    WHERE NOT EXISTS (SELECT FROM kept AS k WHERE k.session_id = s.session_id);
+
+    UPDATE sessions SET child_session_ids = child_session_ids - doomed
+    WHERE child_session_ids ?| doomed;
+
+    -- An event dated later than the server's clock must not bring its session back either.
+    INSERT INTO deleted_sessions (session_id, deleted_at)
+    SELECT
+        d.session_id,
+        GREATEST(
+            (extract(epoch FROM now()) * 1000)::bigint,
+            (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = d.session_id)
+        )
+    FROM unnest(doomed) AS d (session_id)
+    ON CONFLICT (session_id) DO UPDATE SET deleted_at = EXCLUDED.deleted_at;
+
+    WITH gone AS (
+        DELETE FROM sessions WHERE session_id = ANY(doomed) RETURNING known_from
     )
     SELECT count(*) INTO pruned FROM gone WHERE known_from <> 'reference';
     RETURN pruned;
@@ -490,7 +511,7 @@ COMMENT ON FUNCTION get_recent_events(INTEGER) IS 'The newest events over all se
 COMMENT ON FUNCTION get_session_event_counts(VARCHAR) IS 'Events of a session by type, most first';
 COMMENT ON FUNCTION prune_old_sessions(BIGINT) IS 'Delete old sessions, whole trees only, not pinned; returns how many';
 COMMENT ON FUNCTION update_updated_at_column() IS 'Sets updated_at on every update';
-COMMENT ON TRIGGER update_sessions_updated_at ON sessions IS 'Keeps updated_at';
+COMMENT ON TRIGGER trigger_sessions_updated_at ON sessions IS 'Keeps updated_at';
 
 -- Partitioning ------------------------------------------------------------------------------------
 --

@@ -36,6 +36,22 @@ def test_an_event_id_counts_once_whatever_comes_with_it(store: BaseStore) -> Non
     assert store.get_events("other") == []
 
 
+def test_a_repeated_id_tells_nothing_about_sessions(store: BaseStore) -> None:
+    first = event("s", T0 + 5, machine_id="m")
+    store.save_event(first)
+    before = store.get_session("s")
+    lies = [
+        event("phantom", T0, id=first.id),
+        event("s", T0, id=first.id, machine_id="x", parent_session_id="p"),
+    ]
+    for lie in lies:
+        assert store.save_event(lie) is False
+        assert store.save_events([lie]) == 0
+        assert store.save_events([lie, event("t", T0)]) == 1
+    assert store.get_session("phantom") is None
+    assert store.get_session("s") == before
+
+
 def test_an_event_id_in_capitals_is_the_same_id(store: BaseStore) -> None:
     sent = event()
     shouted = event(id=sent.id.upper())

@@ -1,0 +1,220 @@
+"""A plain Python model of the store interface: what the protocol says, without a database."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from contextuate_persist import MonitorEvent, SessionMeta, SessionStatus, TokenUsage
+
+FLAGS = {"is_user_initiated": True, "is_pinned": False, "hidden": False}
+LEFT_BY_NONE = (
+    "parent_session_id",
+    "manual_parent_session_id",
+    "agent_type",
+    "label",
+    "model",
+    "transcript_path",
+    *FLAGS,
+)
+
+
+@dataclasses.dataclass
+class Known:
+    """A session and where the store has it from."""
+
+    session: SessionMeta
+    source: str  # session, event or reference
+
+
+class ReferenceStore:
+    """The interface on dictionaries; every method follows one paragraph of the protocol."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Known] = {}
+        self.events: list[MonitorEvent] = []  # in the order of arrival
+        self.deleted: dict[str, int] = {}
+
+    # --- Events -----------------------------------------------------------------------------------
+
+    def save_events(self, events: list[MonitorEvent]) -> int:
+        stored = {event.id for event in self.events}
+        new: dict[str, MonitorEvent] = {}
+        for event in events:
+            late = event.timestamp <= self.deleted.get(event.session_id, 0)
+            if event.id not in stored and event.id not in new and not late:
+                new[event.id] = event
+        batch = list(new.values())
+        for session_id in dict.fromkeys(event.session_id for event in batch):
+            own = [event for event in batch if event.session_id == session_id]
+            self._learn(session_id, min(own, key=lambda event: event.timestamp))
+        for event in batch:
+            if event.parent_session_id is not None:
+                self._refer(event.parent_session_id, event.timestamp)
+        for event in batch:
+            known = self.known[event.session_id]
+            if known.source != "session" and known.session.parent_session_id is None:
+                self._set(known, parent_session_id=event.parent_session_id)
+        self.events += batch
+        return len(batch)
+
+    def _learn(self, session_id: str, event: MonitorEvent) -> None:
+        known = self.known.get(session_id)
+        facts: dict[str, Any] = {
+            "machine_id": event.machine_id,
+            "working_directory": event.working_directory,
+            "start_time": event.timestamp,
+        }
+        if known is None:
+            session = SessionMeta(session_id=session_id, **facts, **FLAGS)
+            self.known[session_id] = Known(session, "event")
+        elif known.source == "reference" or (
+            known.source == "event" and event.timestamp < known.session.start_time
+        ):
+            self._set(known, **facts)
+            known.source = "event"
+
+    def _refer(self, session_id: str, start: int) -> None:
+        if session_id not in self.known:
+            session = SessionMeta(
+                session_id=session_id, machine_id="?", working_directory="?", start_time=start,
+                **FLAGS,
+            )  # fmt: skip
+            self.known[session_id] = Known(session, "reference")
+
+    def get_events(self, session_id: str) -> list[MonitorEvent]:
+        own = [event for event in self.events if event.session_id == session_id]
+        return sorted(own, key=lambda event: event.timestamp)
+
+    def event_counts(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for event in self.events:
+            counts[event.event_type] = counts.get(event.event_type, 0) + 1
+        return counts
+
+    # --- Sessions ---------------------------------------------------------------------------------
+
+    def save_session(self, given: SessionMeta) -> None:
+        known = self.known.get(given.session_id)
+        if given.parent_session_id is not None:
+            self._refer(given.parent_session_id, given.start_time)
+        before = known.session if known else None
+        merged = {
+            name: getattr(given, name)
+            if getattr(given, name) is not None
+            else (getattr(before, name) if before else FLAGS.get(name))
+            for name in LEFT_BY_NONE
+        }
+        usage, old = given.token_usage, before.token_usage if before else TokenUsage()
+        listed = (before.child_session_ids if before else ()) + given.child_session_ids
+        session = dataclasses.replace(
+            given,
+            **merged,
+            end_time=None if given.status == SessionStatus.ACTIVE else given.end_time,
+            child_session_ids=tuple(dict.fromkeys(listed)),
+            token_usage=dataclasses.replace(
+                usage,
+                **{
+                    name: getattr(old, name)
+                    for name in ("total_cache_read", "total_cache_creation")
+                    if getattr(usage, name) is None
+                },
+            ),
+        )
+        self.known[given.session_id] = Known(session, "session")
+
+    def update_session(self, session_id: str, fields: dict[str, Any]) -> bool:
+        known = self.known.get(session_id)
+        if known is None or known.source == "reference":
+            return False
+        if fields.get("parent_session_id") is not None:
+            self._refer(fields["parent_session_id"], known.session.start_time)
+        if {"machine_id", "working_directory", "start_time", "parent_session_id"} & fields.keys():
+            known.source = "session"
+        changes = {
+            name: FLAGS[name] if value is None and name in FLAGS else value
+            for name, value in fields.items()
+        }
+        self._set(known, **changes)
+        return True
+
+    def delete_session(self, session_id: str) -> bool:
+        known = self.known.get(session_id)
+        if known is None or known.source == "reference":
+            return False
+        self._remove([session_id])
+        for other in self.known.values():
+            if other.session.parent_session_id == session_id:
+                self._set(other, parent_session_id=None)
+            if other.session.manual_parent_session_id == session_id:
+                self._set(other, manual_parent_session_id=None)
+        return True
+
+    def delete_all_sessions(self) -> int:
+        shown = len(self.get_sessions())
+        self._remove(list(self.known))
+        return shown
+
+    def _remove(self, ids: list[str]) -> None:
+        now = round(time.time() * 1000)
+        for session_id in ids:
+            latest = [event.timestamp for event in self.get_events(session_id)][-1:]
+            self.deleted[session_id] = max([now, *latest])
+            del self.known[session_id]
+        self.events = [event for event in self.events if event.session_id not in ids]
+        for other in self.known.values():
+            listed = tuple(c for c in other.session.child_session_ids if c not in ids)
+            self._set(other, child_session_ids=listed)
+
+    def prune_old_sessions(self, older_than: int) -> int:
+        trees = self._trees()
+        due = [tree for tree in trees if all(self._due(node, older_than) for node in tree)]
+        gone = [node for tree in due for node in tree]
+        shown = sum(self.known[node].source != "reference" for node in gone)
+        self._remove(gone)
+        return shown
+
+    def _due(self, session_id: str, older_than: int) -> bool:
+        session = self.known[session_id].session
+        latest = [event.timestamp for event in self.get_events(session_id)][-1:]
+        last = session.end_time or [session.start_time, *latest][-1]
+        return not session.is_pinned and last < older_than
+
+    def _trees(self) -> list[set[str]]:
+        trees: list[set[str]] = []
+        for session_id, known in self.known.items():
+            linked = {session_id}
+            if (parent := known.session.effective_parent_id) in self.known:
+                linked.add(str(parent))
+            touching = [tree for tree in trees if tree & linked]
+            trees = [tree for tree in trees if not tree & linked]
+            trees.append(linked.union(*touching))
+        return trees
+
+    def get_sessions(self) -> list[SessionMeta]:
+        shown = [
+            dataclasses.replace(k.session, child_session_ids=self._children(k.session))
+            for k in self.known.values()
+            if k.source != "reference"
+        ]
+        return sorted(shown, key=lambda s: (s.start_time, s.session_id), reverse=True)
+
+    def _children(self, session: SessionMeta) -> tuple[str, ...]:
+        own = session.session_id
+        linked = [k.session for k in self.known.values() if k.session.effective_parent_id == own]
+        linked.sort(key=lambda s: (s.start_time, s.session_id))
+        listed = [
+            child
+            for child in session.child_session_ids
+            if (
+                self.known[child].session.effective_parent_id in (None, own)
+                if child in self.known
+                else child not in self.deleted
+            )
+        ]
+        return tuple(dict.fromkeys([*listed, *(s.session_id for s in linked)]))
+
+    @staticmethod
+    def _set(known: Known, **changes: Any) -> None:
+        known.session = dataclasses.replace(known.session, **changes)
