@@ -2,6 +2,7 @@
 
 import logging
 
+from contextuate_persist.aio import AsyncStore
 from contextuate_persist.config import open_store
 from contextuate_persist.errors import (
     ConfigurationError,
@@ -30,6 +31,7 @@ from contextuate_persist.protocol import PersistenceStore
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AsyncStore",
     "ConfigurationError",
     "Cursor",
     "Health",

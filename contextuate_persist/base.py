@@ -20,6 +20,7 @@ import orjson
 
 from contextuate_persist import model, payload, schema
 from contextuate_persist.errors import (
+    ConfigurationError,
     InvalidBatch,
     InvalidRecord,
     PersistenceError,
@@ -58,6 +59,7 @@ _LOST_ATTEMPTS = 4
 _PAGE_ROWS = 512
 _PAGE_BYTES = 4 * 2**20
 _DELETE_SESSIONS = 200
+_LONGEST_TIMEOUT = 1_000_000  # seconds; in milliseconds it still fits the servers' settings
 
 
 class Fault(Enum):
@@ -479,7 +481,18 @@ class BaseStore(ABC):
         statement_timeout: float = 60.0,
         lock_timeout: float = 10.0,
     ) -> None:
-        """Take settings only; times are seconds."""
+        """Take settings only; times are seconds. Raises ConfigurationError for senseless ones."""
+        if type(pool_size) is not int or pool_size < 1:
+            raise ConfigurationError(f"pool_size: {pool_size!r} is not a number of connections")
+        timeouts = {
+            "connect_timeout": connect_timeout,
+            "pool_timeout": pool_timeout,
+            "statement_timeout": statement_timeout,
+            "lock_timeout": lock_timeout,
+        }
+        for name, seconds in timeouts.items():
+            if type(seconds) not in (int, float) or not 0 < seconds < _LONGEST_TIMEOUT:
+                raise ConfigurationError(f"{name}: {seconds!r} is not a number of seconds")
         self._pool_size = pool_size
         self._connect_timeout = connect_timeout
         self._pool_timeout = pool_timeout
@@ -488,6 +501,11 @@ class BaseStore(ABC):
         self._lock = threading.Lock()
         self._opened = False
         _stores.add(self)
+
+    @property
+    def pool_size(self) -> int:
+        """How many connections, and so calls at once, there are at most."""
+        return self._pool_size
 
     def init(self) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def open_store(
         from contextuate_persist.embedded import EmbeddedStore  # noqa: PLC0415  (only if needed)
 
         return EmbeddedStore(**options)
+    _check_quoting(url)
     try:
         scheme = urlsplit(url).scheme.lower()
     except ValueError:
@@ -60,6 +62,18 @@ def open_store(
         "database URL: it begins with postgresql:// or mysql://, "
         f"not with {scheme + '://' if scheme else 'what was given'}"
     )
+
+
+def _check_quoting(url: str) -> None:
+    """Refuse a password with a bare @, / or %: drivers take its parts for others, and name them."""
+    after_scheme = url.partition("://")[2]
+    authority = re.split("[/?#]", after_scheme, maxsplit=1)[0]
+    user, at, _ = authority.partition("@")
+    has_rest = "@" in after_scheme[len(user) + 1 :].partition("?")[0]
+    if ((at or ":" in user) and has_rest) or re.search("%(?![0-9a-fA-F]{2})", url):
+        raise ConfigurationError(
+            "database URL: a password's @ is written %40, / is %2F, ? is %3F, # is %23, % is %25"
+        )
 
 
 def is_local(host: str) -> bool:

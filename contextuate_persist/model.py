@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
-from contextuate_persist.errors import InvalidRecord
+from contextuate_persist.errors import InvalidRecord, Refusal
 
 #: Unix milliseconds. The lower bound (3 March 1973) refuses seconds taken for milliseconds.
 MIN_TIMESTAMP = 10**11
@@ -181,7 +181,7 @@ class SaveResult:
     """
 
     stored: int
-    refused: tuple[Any, ...] = ()
+    refused: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,7 +358,7 @@ def check_timestamp(name: str, value: object) -> None:
         raise InvalidRecord(f"{name}: an integer (Unix milliseconds) is needed, not {_kind(value)}")
     if not MIN_TIMESTAMP <= value <= MAX_TIMESTAMP:
         hint = "; is it in seconds?" if 0 <= value < MIN_TIMESTAMP else ""
-        raise InvalidRecord(f"{name}: {value} is no time in Unix milliseconds{hint}")
+        raise InvalidRecord(f"{name}: {_shown(value)} is no time in Unix milliseconds{hint}")
 
 
 def _check_text(name: str, value: object, limit: int = MAX_TEXT_LENGTH) -> None:
@@ -436,5 +436,8 @@ def _kind(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except Exception:  # an int of 5,000 digits, or whatever a __repr__ does
+        return f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import psycopg
 import psycopg_pool
 from psycopg import errors as pg
-from psycopg.abc import Buffer
+from psycopg.abc import RV, Buffer, PQGen
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
@@ -513,6 +513,36 @@ class RawJson(Loader):
         return bytes(data)
 
 
+class NoAnswer(psycopg.OperationalError):
+    """The server did not answer in time."""
+
+
+class ImpatientConnection(psycopg.Connection[Any]):
+    """A connection that gives up on a server which accepts and never answers.
+
+    libpq waits for ever, and the server's own timeouts do not help when it is the server, or the
+    network, that stands still.
+    """
+
+    patience: float = 60.0  # seconds for one answer
+
+    def wait(self, gen: PQGen[RV], *arguments: Any, **options: Any) -> RV:
+        return super().wait(self._within_patience(gen), *arguments, **options)
+
+    def _within_patience(self, gen: PQGen[RV]) -> PQGen[RV]:
+        deadline = time.monotonic() + self.patience
+        try:
+            state = next(gen)
+            while True:
+                ready = yield state
+                if not ready and time.monotonic() > deadline:
+                    self.pgconn.finish()  # what it may still say belongs to nobody
+                    raise NoAnswer(f"the server did not answer for {self.patience:g} s")
+                state = gen.send(ready)
+        except StopIteration as end:
+            return cast("RV", end.value)
+
+
 class PostgreSQLStore(BaseStore):
     """A store in PostgreSQL 12 or newer; implements PersistenceStore."""
 
@@ -544,7 +574,7 @@ class PostgreSQLStore(BaseStore):
             "tcp_user_timeout": 30_000,
         }
         self._place = _place(given)
-        self._pool: psycopg_pool.ConnectionPool[psycopg.Connection[Any]] | None = None
+        self._pool: psycopg_pool.ConnectionPool[ImpatientConnection] | None = None
         self._event_types: frozenset[str] = frozenset()
         self._hook_types: frozenset[str] = frozenset()
         self._schema: schema.SchemaVersion | None = None
@@ -564,6 +594,7 @@ class PostgreSQLStore(BaseStore):
     def _open_pool(self) -> None:
         self._pool = psycopg_pool.ConnectionPool(
             self._conninfo,
+            connection_class=ImpatientConnection,
             kwargs=self._connection_arguments,
             configure=self._configure,
             min_size=1,
@@ -580,13 +611,15 @@ class PostgreSQLStore(BaseStore):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StoreUnavailable(f"{self._place}: {reason}") from error
 
-    def _configure(self, connection: psycopg.Connection[Any]) -> None:
+    def _configure(self, connection: ImpatientConnection) -> None:
         connection.adapters.register_loader("jsonb", RawJson)
         timeouts = {
             "statement": str(round(self._statement_timeout * 1000)),
             "lock": str(round(self._lock_timeout * 1000)),
         }
         connection.execute(SET_TIMEOUTS, timeouts)
+        # A little more than the server allows itself, so that it can speak first.
+        connection.patience = self._statement_timeout + 5
 
     def _close(self) -> None:
         if self._pool is not None:
@@ -598,7 +631,7 @@ class PostgreSQLStore(BaseStore):
         _abandoned.append(self._pool)
         self._pool = None
 
-    def _living_pool(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
+    def _living_pool(self) -> psycopg_pool.ConnectionPool[ImpatientConnection]:
         """The pool; a forked child makes its own when it first needs one."""
         with self._lock:
             self._check_open()
@@ -620,12 +653,13 @@ class PostgreSQLStore(BaseStore):
                         yield connection
                 else:
                     yield connection
-            except pg.FeatureNotSupported:
-                connection.close()  # its prepared statements are outdated and would stay so
+            except (pg.FeatureNotSupported, pg.ReadOnlySqlTransaction):
+                # Its prepared statements are outdated, or it leads to a standby: and will for ever.
+                connection.close()
                 raise
 
     def _fault(self, error: Exception) -> Fault | None:
-        if isinstance(error, psycopg_pool.PoolTimeout | psycopg_pool.TooManyRequests):
+        if isinstance(error, psycopg_pool.PoolTimeout | psycopg_pool.TooManyRequests | NoAnswer):
             return Fault.TIMEOUT
         if isinstance(error, UnicodeEncodeError):
             return Fault.DATA
@@ -733,9 +767,10 @@ class PostgreSQLStore(BaseStore):
             for branch in branches
         ]
         query = queries[0] if len(queries) == 1 else f"({') UNION ALL ('.join(queries)}) {tail}"
-        # A plan made once for any value would, for a rare one, walk all events (20 ms instead of 0.5
-        # among 100,000); only where a session or a call bounds it can that do no harm.
-        prepare = None if {"session_id", "tool_use_id"} & filters.keys() else False
+        # A plan made once for any value would, for a rare one, walk all events (20 ms instead of
+        # 0.5 among 100,000), unless a session or a call bounds it.
+        bounded = not filters or {"session_id", "tool_use_id"} & filters.keys()
+        prepare = None if bounded else False
         return connection.execute(query, parameters, prepare=prepare).fetchall()
 
     def _select_event(

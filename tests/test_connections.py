@@ -94,6 +94,10 @@ def test_a_password_with_special_characters_works(database: Database, backend: s
         "mysql://host/db?ssl-mode=MAYBE",
         f"postgresql://u:{SECRET}@host:1/db?colour=red",
         "postgresql://[bad",
+        f"postgresql://u:{SECRET}/x@h/x",
+        f"mysql://u:{SECRET}@x@h/x",
+        f"mysql://u:{SECRET}/x@h/x",
+        f"postgresql://u:{SECRET}%zz@h/x",
     ],
 )
 def test_a_malformed_url_is_refused_in_one_line(url: str) -> None:

@@ -425,6 +425,7 @@ def test_a_parent_that_only_a_child_names_is_not_listed(store: BaseStore) -> Non
 BAD_EVENTS = {
     "id": event(id="no-uuid"),
     "timestamp": event(timestamp=T0 // 1000),
+    "timestamp.huge": event(timestamp=10**5000),
     "session_id": event("s" * 300),
     "machine_id": event(machine_id=" m"),
     "parent_session_id": event(parent_session_id=""),
@@ -438,7 +439,7 @@ BAD_EVENTS = {
 
 @pytest.mark.parametrize("field", BAD_EVENTS)
 def test_a_bad_event_is_refused_by_the_name_of_its_field(store: BaseStore, field: str) -> None:
-    with pytest.raises(InvalidRecord, match=f"^{field}: "):
+    with pytest.raises(InvalidRecord, match=f"^{field.removesuffix('.huge')}: "):
         store.save_event(BAD_EVENTS[field])
     assert store.get_sessions() == []
 

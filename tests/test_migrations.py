@@ -434,7 +434,10 @@ def test_scripts_are_split_where_statements_end() -> None:
     assert [statement.split()[0] for statement in split] == ["SELECT", "CREATE", "SELECT"]
     assert split[1].endswith("END")
     assert split[2] == "SELECT 2 /*! + 1 */"
-    postgresql = "DO $$ BEGIN PERFORM 1; END $$; SELECT $x$ ; $$ ; $x$, 'a''b;\\'; -- ;\nSELECT \"a;b\"#>'{}'"
+    postgresql = (
+        "DO $$ BEGIN PERFORM 1; END $$; SELECT $x$ ; $$ ; $x$, 'a''b;\\'; -- ;\n"
+        "SELECT \"a;b\"#>'{}'"
+    )
     assert len(schema.split_script(postgresql, "postgresql")) == 3
 
 

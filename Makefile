@@ -1,0 +1,32 @@
+# Each target makes what it needs, .venv included; see .ci/venv.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check soak clean
+python := .venv/bin/python
+ARGS ?=
+
+help: ## print these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+demo: ## start a private PostgreSQL, fill it, look into it, remove it
+	@.ci/venv
+	@$(python) examples/demo.py
+
+test: ## run the tests with branch coverage; ARGS="-k name" goes to pytest
+	@.ci/venv test
+	@$(python) -m coverage erase
+	@status=0; $(python) -m coverage run -m pytest $(ARGS) || status=$$?; \
+	$(python) -m coverage combine -q && $(python) -m coverage report || true; exit $$status
+
+check: ## check format, style and types
+	@.ci/venv lint
+	$(python) -m ruff format --check
+	$(python) -m ruff check
+	$(python) -m mypy
+
+soak: ## run the long tests
+	@.ci/venv test
+	$(python) -m pytest -m soak $(ARGS)
+
+clean: ## remove .venv and everything else that was made here
+	rm -rf .venv .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,355 @@
+"""The store for asyncio: PersistenceStore's methods, each done in a thread of the store's own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+
+from contextuate_persist.base import BaseStore
+from contextuate_persist.errors import StoreClosed
+from contextuate_persist.model import (
+    Cursor,
+    Health,
+    MonitorEvent,
+    SaveResult,
+    SessionMeta,
+    SessionNode,
+    SessionStatus,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from contextuate_persist.protocol import SessionFields
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: How long `close()` waits for calls that are running before it closes the store under them.
+CLOSE_SECONDS = 10.0
+# A visit to a thread takes 40 us, as long as reading an event does: one for each would halve the
+# speed. Whichever comes first ends it; large events reach the time, so that few are in memory.
+_VISIT_EVENTS = 256
+_VISIT_SECONDS = 0.01
+
+_stores: weakref.WeakSet[AsyncStore] = weakref.WeakSet()
+
+
+class AsyncStore:
+    """A store for asyncio: `async with AsyncStore(open_store(url)) as store:`.
+
+    The methods are PersistenceStore's, and so is what they do. The given store belongs to the
+    facade, which opens and closes it.
+
+    - Each call is done in one of as many threads as the store has connections, with the caller's
+      context variables; more calls than that wait for their turn, without a limit of their own
+      (`asyncio.timeout` sets one). What `save_events` and `save_sessions` are given to iterate over
+      is read before that, in the event loop.
+    - A call that is cancelled returns at once. If it has begun, the thread goes on to its end: a
+      write may be done or not, and may be sent again, as ever. If not, it is never done.
+    - It is bound to no event loop: one may use it after the other. A process that forks may go on
+      using an open store, in a loop of its own.
+    """
+
+    def __init__(self, store: BaseStore) -> None:
+        """Take a store that is not open yet."""
+        self._store = store
+        self._threads: ThreadPoolExecutor | None = None
+        _stores.add(self)
+
+    def __repr__(self) -> str:
+        return f"<AsyncStore of {self._store!r}>"
+
+    async def init(self) -> None:
+        opening = _start_thread(self._store.init, "contextuate_persist-init")
+        try:
+            await asyncio.wrap_future(opening)
+        except BaseException:
+            if self._threads is None:
+                # Cancelled, most likely: what opens now is closed by nobody, `__aexit__` is not
+                # called after this.
+                _start_thread(partial(self._undo, opening), "contextuate_persist-close")
+            raise
+        if self._threads is None:
+            self._threads = self._new_threads()
+
+    def _undo(self, opening: Future[None]) -> None:
+        wait([opening])
+        self._store.close()
+
+    async def close(self) -> None:
+        """Close every connection. A second call does nothing.
+
+        Waits ten seconds at most for calls that are running; one that takes longer may then raise
+        StoreClosed, as calls that wait for their turn do at once. Cancelled, it returns at once and
+        closes all the same.
+        """
+        threads, self._threads = self._threads, None
+        closing = _start_thread(partial(self._finish, threads), "contextuate_persist-close")
+        await asyncio.wrap_future(closing)
+
+    def _finish(self, threads: ThreadPoolExecutor | None) -> None:
+        if threads is not None:
+            # In a thread, since shutdown() itself waits without a limit.
+            ending = threading.Thread(target=threads.shutdown, daemon=True)
+            ending.start()
+            ending.join(CLOSE_SECONDS)
+        self._store.close()
+
+    async def __aenter__(self) -> Self:
+        await self.init()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # --- Events -----------------------------------------------------------------------------------
+
+    async def save_event(self, event: MonitorEvent) -> bool:
+        return await self._run(self._store.save_event, event)
+
+    @overload
+    async def save_events(
+        self,
+        events: Iterable[MonitorEvent],
+        *,
+        on_error: Literal["raise"] = "raise",
+        undelete: bool = False,
+    ) -> int: ...
+    @overload
+    async def save_events(
+        self,
+        events: Iterable[MonitorEvent],
+        *,
+        on_error: Literal["skip"],
+        undelete: bool = False,
+    ) -> SaveResult: ...
+    async def save_events(
+        self,
+        events: Iterable[MonitorEvent],
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+        undelete: bool = False,
+    ) -> int | SaveResult:
+        # A copy: after a cancellation the caller goes on with its list while the thread reads.
+        batch = list(events)
+        return await self._run(
+            lambda: self._store.save_events(batch, on_error=on_error, undelete=undelete)
+        )
+
+    async def get_events(
+        self,
+        session_id: str,
+        *,
+        limit: int = 1000,
+        before: int | Cursor | None = None,
+        after: int | Cursor | None = None,
+    ) -> list[MonitorEvent]:
+        return await self._run(
+            self._store.get_events, session_id, limit=limit, before=before, after=after
+        )
+
+    async def get_event_by_id(self, session_id: str, event_id: str) -> MonitorEvent | None:
+        return await self._run(self._store.get_event_by_id, session_id, event_id)
+
+    async def get_all_recent_events(self, limit: int = 200) -> list[MonitorEvent]:
+        return await self._run(self._store.get_all_recent_events, limit)
+
+    async def find_events(
+        self,
+        *,
+        session_id: str | None = None,
+        machine_id: str | None = None,
+        parent_session_id: str | None = None,
+        event_type: str | None = None,
+        hook_type: str | None = None,
+        tool_name: str | None = None,
+        tool_use_id: str | None = None,
+        contains: Mapping[str, Any] | None = None,
+        before: int | Cursor | None = None,
+        after: int | Cursor | None = None,
+        newest_first: bool = True,
+        limit: int = 100,
+    ) -> list[MonitorEvent]:
+        return await self._run(
+            self._store.find_events,
+            session_id=session_id,
+            machine_id=machine_id,
+            parent_session_id=parent_session_id,
+            event_type=event_type,
+            hook_type=hook_type,
+            tool_name=tool_name,
+            tool_use_id=tool_use_id,
+            contains=contains,
+            before=before,
+            after=after,
+            newest_first=newest_first,
+            limit=limit,
+        )
+
+    def iter_events(
+        self,
+        *,
+        session_id: str | None = None,
+        machine_id: str | None = None,
+        parent_session_id: str | None = None,
+        event_type: str | None = None,
+        hook_type: str | None = None,
+        tool_name: str | None = None,
+        tool_use_id: str | None = None,
+        contains: Mapping[str, Any] | None = None,
+        before: int | Cursor | None = None,
+        after: int | Cursor | None = None,
+    ) -> AsyncGenerator[MonitorEvent, None]:
+        """All events that `find_events` would find, for `async for`, in constant memory.
+
+        Holds no thread and no connection in between, so an iteration may be left at any time.
+        """
+        # Checks the arguments; a store reads nothing before the first event is asked for.
+        events = self._store.iter_events(
+            session_id=session_id,
+            machine_id=machine_id,
+            parent_session_id=parent_session_id,
+            event_type=event_type,
+            hook_type=hook_type,
+            tool_name=tool_name,
+            tool_use_id=tool_use_id,
+            contains=contains,
+            before=before,
+            after=after,
+        )
+        return self._visits(events)
+
+    async def _visits(self, events: Iterator[MonitorEvent]) -> AsyncGenerator[MonitorEvent, None]:
+        while visit := await self._run(_next_events, events):
+            for event in visit:
+                yield event
+
+    async def event_counts(self, session_id: str | None = None) -> dict[str, int]:
+        return await self._run(self._store.event_counts, session_id)
+
+    # --- Sessions ---------------------------------------------------------------------------------
+
+    async def save_session(self, session: SessionMeta) -> None:
+        await self._run(self._store.save_session, session)
+
+    async def save_sessions(self, sessions: Iterable[SessionMeta]) -> None:
+        await self._run(self._store.save_sessions, list(sessions))
+
+    async def get_session(self, session_id: str) -> SessionMeta | None:
+        return await self._run(self._store.get_session, session_id)
+
+    async def get_sessions(
+        self,
+        *,
+        status: SessionStatus | str | None = None,
+        machine_id: str | None = None,
+        parent_session_id: str | None = None,
+        hidden: bool | None = None,
+        started_after: int | None = None,
+        started_before: int | None = None,
+        limit: int | None = None,
+    ) -> list[SessionMeta]:
+        return await self._run(
+            self._store.get_sessions,
+            status=status,
+            machine_id=machine_id,
+            parent_session_id=parent_session_id,
+            hidden=hidden,
+            started_after=started_after,
+            started_before=started_before,
+            limit=limit,
+        )
+
+    async def update_session(self, session_id: str, **fields: Unpack[SessionFields]) -> None:
+        await self._run(self._store.update_session, session_id, **fields)
+
+    async def delete_session(self, session_id: str) -> None:
+        await self._run(self._store.delete_session, session_id)
+
+    async def delete_all_sessions(self) -> int:
+        return await self._run(self._store.delete_all_sessions)
+
+    async def prune_old_sessions(self, older_than: int) -> int:
+        return await self._run(self._store.prune_old_sessions, older_than)
+
+    async def session_tree(self, session_id: str | None = None) -> list[SessionNode]:
+        return await self._run(self._store.session_tree, session_id)
+
+    async def health(self) -> Health:
+        return await self._run(self._store.health)
+
+    # --- Threads ----------------------------------------------------------------------------------
+
+    def _new_threads(self) -> ThreadPoolExecutor:
+        # As many as there are connections: with more of them, some would only wait for one. Not the
+        # loop's default executor, in which other code's work may sit in front.
+        size = self._store.pool_size
+        return ThreadPoolExecutor(size, "contextuate_persist-async")
+
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do the work in a thread."""
+        threads = self._threads
+        if threads is None:
+            raise StoreClosed
+
+        def begin() -> T:
+            if self._threads is not threads:  # closed while this waited for its turn
+                raise StoreClosed
+            return work(*args, **kwargs)
+
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(threads, copy_context().run, begin)
+
+
+def _start_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """Do the work in a thread of its own, to its end even if nobody waits any more."""
+    future: Future[T] = Future()
+    # An executor's future could be cancelled before its thread has begun.
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=copy_context().run, args=(run,), name=name).start()
+    return future
+
+
+def _next_events(events: Iterator[MonitorEvent]) -> list[MonitorEvent]:
+    """The next few events; none at the end."""
+    until = time.monotonic() + _VISIT_SECONDS
+    visit: list[MonitorEvent] = []
+    for event in events:
+        visit.append(event)
+        if len(visit) == _VISIT_EVENTS or time.monotonic() > until:
+            break
+    return visit
+
+
+def _after_fork() -> None:
+    for store in _stores:
+        if store._threads is not None:  # noqa: SLF001
+            # The child has none of the parent's threads.
+            store._threads = store._new_threads()  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,188 @@
+"""The command line of `contextuate-persist`: its commands, their options and what these take."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from datetime import datetime, timedelta, timezone
+from typing import Any, NoReturn
+
+from contextuate_persist import __version__
+from contextuate_persist.config import ENVIRONMENT_URL
+from contextuate_persist.console import tell
+from contextuate_persist.errors import InvalidRecord
+from contextuate_persist.model import Cursor, SessionStatus
+from contextuate_persist.transfer import parse_json
+
+PROGRAM = "contextuate-persist"
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def _time(text: str) -> int | Cursor:
+    """A bound: Unix milliseconds, ISO 8601, or a cursor."""
+    if text.isascii() and text.isdigit():
+        return int(text)
+    if re.fullmatch("[0-9]{10,}-[0-9]+", text):
+        return Cursor.parse(text)
+    try:
+        # Python 3.10 does not know the Z.
+        moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=timezone.utc)
+        return (moment - _EPOCH) // timedelta(milliseconds=1)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither milliseconds nor ISO 8601 (2026-01-31T12:00Z) nor a cursor"
+        ) from None
+
+
+def _limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+    return int(text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = parse_json(text.encode("utf-8", "surrogateescape"))
+    except InvalidRecord as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            'a JSON object is needed, such as \'{"toolName": "Bash"}\''
+        )
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As usual, but a URL among the arguments does not show its password."""
+        self.print_usage(sys.stderr)
+        tell(f"{self.prog}: error: {message}")
+        sys.exit(2)
+
+
+def _global_options(default: Any) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--url",
+        default=default,
+        help="the database, postgresql://... or mysql://... "
+        f"(environment: {ENVIRONMENT_URL}; without either a private PostgreSQL is run)",
+    )
+    options.add_argument(
+        "--json",
+        action="store_true",
+        default=default or False,
+        help="print JSON lines, in contextuate's own form, instead of tables",
+    )
+    options.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=default or False,
+        help="log what happens, and show where an error came from",
+    )
+    return options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: one subparser for each command."""
+    # A subparser's default would overwrite what stands before the command.
+    suppressed = _global_options(argparse.SUPPRESS)
+    parser: argparse.ArgumentParser = _Parser(
+        prog=PROGRAM,
+        description="Look into and fill a store of agent sessions and events.",
+        epilog="Times are shown in UTC, and taken as UTC unless they name an offset.",
+        parents=[_global_options(None)],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text, parents=[suppressed], allow_abbrev=False
+        )
+        return added
+
+    command("init", "create the schema in an empty database, as its owner")
+    upgrade = command("upgrade", "bring an older schema up to date, as the database's owner")
+    upgrade.add_argument("--dry-run", action="store_true", help="say what would be done, only")
+    command("sample", "store a few sessions and events to try things out")
+    _add_import(command("import", "store events from files; bad lines are reported"))
+    _add_sessions(command("sessions", "list sessions, newest start first"))
+    tree = command("tree", "draw sessions below the sessions that started them")
+    tree.add_argument("session", nargs="?", metavar="SESSION", help="only this one and below")
+    _add_events(command("events", "show the newest events of a session, in order"))
+    _add_find(command("find", "find events, newest first"))
+    recent = command("recent", "show the newest events of all sessions, newest first")
+    recent.add_argument("--limit", metavar="N", type=_limit, default=20, help="how many (20)")
+    command("status", "ask the database how it is")
+    return parser
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="FILE_OR_DIRECTORY",
+        help="JSON lines of events (- is standard input), or contextuate's file store, or a "
+        "directory of *.jsonl files",
+    )
+    parser.add_argument(
+        "--undelete", action="store_true", help="store events of deleted sessions, too"
+    )
+
+
+def _add_sessions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--status", choices=[status.value for status in SessionStatus])
+    parser.add_argument("--machine", metavar="ID", help="of this machine")
+    parser.add_argument("--parent", metavar="SESSION", help="children of this session")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--hidden", action="store_true", default=None, help="hidden ones (without either: all)"
+    )
+    shown.add_argument(
+        "--visible", dest="hidden", action="store_false", default=None, help="others only"
+    )
+    parser.add_argument("--limit", metavar="N", type=_limit, default=100, help="how many (100)")
+
+
+def _add_bounds(parser: argparse.ArgumentParser, limit: int) -> None:
+    form = "TIME"
+    parser.add_argument(
+        "--limit", metavar="N", type=_limit, default=limit, help=f"how many ({limit})"
+    )
+    parser.add_argument(
+        "--before",
+        type=_time,
+        metavar=form,
+        help="older than this: Unix milliseconds, ISO 8601, or a cursor",
+    )
+    parser.add_argument("--after", type=_time, metavar=form, help="newer than this")
+
+
+def _add_events(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("session", metavar="SESSION")
+    _add_bounds(parser, 100)
+
+
+def _add_find(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--session", metavar="ID", help="of this session")
+    parser.add_argument("--machine", metavar="ID", help="of this machine")
+    parser.add_argument("--parent", metavar="ID", help="of sessions with this parent")
+    parser.add_argument("--type", metavar="NAME", help="event type, such as tool_call")
+    parser.add_argument("--hook", metavar="NAME", help="hook type, such as PreToolUse")
+    parser.add_argument("--tool", metavar="NAME", help="tool, such as Bash")
+    parser.add_argument("--tool-use-id", metavar="ID", help="one use of a tool")
+    parser.add_argument(
+        "--contains",
+        type=_json_object,
+        metavar="JSON",
+        help="payload contains this object; give a session, type, hook, tool or --after with it",
+    )
+    parser.add_argument("--oldest-first", action="store_true", help="the oldest, in their order")
+    _add_bounds(parser, 100)

@@ -1,0 +1,303 @@
+"""The command `contextuate-persist`: every command is a few calls of the library.
+
+Exit status: 0; 1 for an error, told in one line; 2 for a wrong command line; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from urllib.parse import parse_qs, urlsplit
+
+from contextuate_persist import display
+from contextuate_persist.arguments import PROGRAM, make_parser
+from contextuate_persist.base import BaseStore
+from contextuate_persist.config import ENVIRONMENT_URL, open_store
+from contextuate_persist.console import (
+    ProgressBar,
+    abandon_output,
+    show,
+    show_json,
+    tell,
+    terminal_width,
+)
+from contextuate_persist.errors import PersistenceError, SessionNotFound
+from contextuate_persist.model import MonitorEvent
+from contextuate_persist.transfer import ImportReport, import_path
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+def _store(args: argparse.Namespace) -> BaseStore:
+    if args.url and _has_password(args.url):
+        tell(
+            "warning: a password on the command line can be seen by everybody on this machine; "
+            f"put the URL into {ENVIRONMENT_URL}, or for PostgreSQL the password into ~/.pgpass "
+            "(or PGPASSFILE)"
+        )
+    return open_store(args.url)
+
+
+def _has_password(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.password or parse_qs(parts.query).get("password"))
+    except ValueError:
+        return True
+
+
+@contextmanager
+def _owned_store(args: argparse.Namespace) -> Iterator[BaseStore]:
+    """A store that is not opened, to change its schema."""
+    if args.url or os.environ.get(ENVIRONMENT_URL):
+        yield _store(args)
+    else:
+        # Opening the embedded store would apply the schema, and not tell whether it did.
+        from contextuate_persist.embedded import EmbeddedPostgreSQL  # noqa: PLC0415
+
+        with EmbeddedPostgreSQL() as server:
+            yield open_store(server.url)
+
+
+def _init(args: argparse.Namespace) -> int:
+    with _owned_store(args) as store:
+        changed = store.apply_schema()
+    if args.json:
+        show_json([{"changed": changed}])
+    else:
+        show(["schema applied" if changed else "the schema is there already: nothing to do"])
+    return 0
+
+
+def _upgrade(args: argparse.Namespace) -> int:
+    with _owned_store(args) as store:
+        migrations = store.upgrade_schema(dry_run=args.dry_run)
+    if args.json:
+        show_json(
+            {"version": one.version, "name": one.name, "applied": not args.dry_run}
+            for one in migrations
+        )
+    elif migrations:
+        done = "to apply" if args.dry_run else "applied"
+        show(f"{done}: {one.version:04} {one.name}" for one in migrations)
+    else:
+        show(["the schema is current: nothing to do"])
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    with _store(args) as store:
+        store.load_sample()
+        if args.json:
+            return 0
+        show(["sample data stored: see `sessions`, `tree` and `events session-root-001`"])
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    failed = False
+    with _store(args) as store:
+        for path in args.paths:
+            bar = ProgressBar(path)
+            try:
+                report = import_path(store, path, undelete=args.undelete, progress=bar)
+            except OSError as error:
+                bar.clear()
+                tell(_message(error))
+                failed = True
+                continue
+            finally:
+                bar.clear()
+            _show_report(args, path, report)
+            failed = failed or report.refused_count > 0 or report.files == 0
+    return int(failed)
+
+
+def _show_report(args: argparse.Namespace, path: str, report: ImportReport) -> None:
+    for message in report.refused:
+        tell(message)
+    if (more := report.refused_count - len(report.refused)) > 0:
+        tell(f"{path}: and {more:,} more were refused")
+    if report.files == 0 and not report.refused:
+        tell(f"{path}: no session of contextuate and no *.jsonl file is below this directory")
+    if args.json:
+        names = ("files", "lines", "stored", "sessions")
+        record = {name: getattr(report, name) for name in names}
+        counts = {"alreadyThere": report.already_there, "refused": report.refused_count}
+        show_json([{"path": path, **record, **counts}])
+    else:
+        sessions = f", {report.sessions:,} sessions saved" if report.sessions else ""
+        summary = (
+            f"{path}: {report.lines:,} events read, {report.stored:,} stored, "
+            f"{report.already_there:,} there already{sessions}, {report.refused_count:,} refused"
+        )
+        show([display.safe(summary)])
+
+
+def _sessions(args: argparse.Namespace) -> int:
+    with _store(args) as store:
+        sessions = store.get_sessions(
+            status=args.status,
+            machine_id=args.machine,
+            parent_session_id=args.parent,
+            hidden=args.hidden,
+            limit=args.limit,
+        )
+    if args.json:
+        show_json(session.to_wire() for session in sessions)
+    else:
+        show(display.session_table(sessions, terminal_width()))
+    if 0 < args.limit == len(sessions):
+        tell(f"the newest {args.limit}; --limit asks for more")
+    return 0
+
+
+def _tree(args: argparse.Namespace) -> int:
+    with _store(args) as store:
+        nodes = store.session_tree(args.session)
+    if args.json:
+        show_json({**node.session.to_wire(), "depth": node.depth} for node in nodes)
+    else:
+        show(display.tree_lines(nodes, terminal_width()))
+    return 0
+
+
+def _events(args: argparse.Namespace) -> int:
+    with _store(args) as store:
+        events = store.get_events(
+            args.session, limit=args.limit, before=args.before, after=args.after
+        )
+        if not events and store.get_session(args.session) is None:
+            raise SessionNotFound(args.session)
+    _show_events(args, events, with_session=False)
+    if 0 < args.limit == len(events):
+        onward = args.after is not None and args.before is None
+        bound = f"--after {events[-1].cursor}" if onward else f"--before {events[0].cursor}"
+        tell(f"{args.limit} events; {bound} goes on")
+    return 0
+
+
+def _find(args: argparse.Namespace) -> int:
+    with _store(args) as store:
+        events = store.find_events(
+            session_id=args.session,
+            machine_id=args.machine,
+            parent_session_id=args.parent,
+            event_type=args.type,
+            hook_type=args.hook,
+            tool_name=args.tool,
+            tool_use_id=args.tool_use_id,
+            contains=args.contains,
+            before=args.before,
+            after=args.after,
+            newest_first=not args.oldest_first,
+            limit=args.limit,
+        )
+    _show_events(args, events)
+    if 0 < args.limit == len(events):
+        bound = "after" if args.oldest_first else "before"
+        tell(f"{args.limit} events; --{bound} {events[-1].cursor} goes on")
+    return 0
+
+
+def _recent(args: argparse.Namespace) -> int:
+    with _store(args) as store:
+        events = store.get_all_recent_events(args.limit)
+    _show_events(args, events)
+    return 0
+
+
+def _show_events(
+    args: argparse.Namespace, events: list[MonitorEvent], *, with_session: bool = True
+) -> None:
+    if args.json:
+        show_json({**event.to_wire(), "cursor": str(event.cursor)} for event in events)
+    else:
+        show(display.event_table(events, terminal_width(), with_session=with_session))
+
+
+def _status(args: argparse.Namespace) -> int:
+    with _store(args) as store:
+        health = dataclasses.asdict(store.health())
+    if args.json:
+        show_json([{_camel(name): value for name, value in health.items()}])
+    else:
+        named = {name.replace("_", " "): value for name, value in health.items()}
+        show(f"{name:22} {display.safe(str(value))}" for name, value in named.items())
+    return 0
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "init": _init,
+    "upgrade": _upgrade,
+    "sample": _sample,
+    "import": _import,
+    "sessions": _sessions,
+    "tree": _tree,
+    "events": _events,
+    "find": _find,
+    "recent": _recent,
+    "status": _status,
+}
+
+# --- The program ----------------------------------------------------------------------------------
+
+
+class _SafeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(display.safe, super().format(record).split("\n")))
+
+
+def _configure_logging(verbose: bool) -> None:
+    """Errors are told once, in one line; with -v, whatever the library and its drivers log."""
+    handler: logging.Handler = logging.NullHandler()
+    if verbose:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_SafeFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        logging.getLogger("contextuate_persist").setLevel(logging.DEBUG)
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(handler)
+
+
+def _message(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{PROGRAM}: error: {text or type(error).__name__}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, by default this process's; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    _configure_logging(args.verbose)
+    if sys.stdout is None:  # closed by the caller: as good as /dev/null
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        status = _COMMANDS[args.command](args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # its reader, `head` perhaps, has seen enough
+        abandon_output()
+        return 128 + signal.SIGPIPE
+    except (PersistenceError, OSError) as error:
+        if args.verbose:
+            for line in traceback.format_exc().splitlines():
+                tell(line)
+        tell(_message(error))
+        abandon_output()
+        return 1
+    else:
+        return status

@@ -1,0 +1,96 @@
+"""The terminal: what may be written to it, in which encoding, and how wide it is.
+
+Data goes to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from contextuate_persist import display
+
+_PASSWORD = re.compile(r"(://[^\s/@:]*:)\S*@|(\bpassword=)[^\s&]+", re.IGNORECASE)
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines of text; what the output's encoding lacks is replaced or escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        display.SIGNS.encode(encoding)
+        signs: dict[int, int] = {}
+    except UnicodeEncodeError:
+        signs = display.PLAIN_SIGNS
+    for line in lines:
+        text = line.translate(signs)
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def show_json(records: Iterable[Mapping[str, Any]]) -> None:
+    """Print records as lines of JSON."""
+    for record in records:
+        sys.stdout.write(display.json_line(record) + "\n")
+
+
+def tell(message: str) -> None:
+    """Print one line on standard error, without passwords and without control characters."""
+    line = _PASSWORD.sub(lambda m: f"{m[1]}***@" if m[1] else f"{m[2]}***", message)
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    text = display.safe(line).encode(encoding, "backslashreplace").decode(encoding)
+    if sys.stderr is not None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def abandon_output() -> None:
+    """If nobody takes the output any more, let the interpreter's flush at its end go nowhere."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def terminal_width() -> int:
+    """The terminal's columns, COLUMNS, or 120 where the output is no terminal."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+class ProgressBar:
+    """A line on standard error that is drawn over again; nothing if that is no terminal."""
+
+    def __init__(self, name: str) -> None:
+        self._name = display.cut(display.safe(name), 40)
+        self._active = sys.stderr is not None and sys.stderr.isatty()
+        self._drawn = 0.0
+        self._width = 0
+
+    def __call__(self, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if not self._active or now - self._drawn < 0.1:
+            return
+        self._drawn = now
+        bar = f"{done / 1e6:.1f} MB"
+        if total:
+            filled = min(done, total) * 30 // total
+            bar = f"[{'#' * filled}{'.' * (30 - filled)}] {bar} of {total / 1e6:.1f} MB"
+        self._draw(f"{self._name} {bar}")
+
+    def clear(self) -> None:
+        if self._width:
+            self._draw("")
+            sys.stderr.write("\r")
+            self._width = 0
+
+    def _draw(self, text: str) -> None:
+        text = display.cut(text, terminal_width() - 1).translate(display.PLAIN_SIGNS)
+        encoding = sys.stderr.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        sys.stderr.write("\r" + text.ljust(self._width))
+        sys.stderr.flush()
+        self._width = len(text)

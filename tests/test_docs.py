@@ -1,0 +1,105 @@
+"""The documents are true: their code runs, and no public name and no command is left out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import contextuate_persist
+from contextuate_persist.arguments import make_parser
+from contextuate_persist.base import BaseStore
+from contextuate_persist.config import ENVIRONMENT_URL
+from tests.conftest import Database
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in make_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.items()
+
+
+@pytest.fixture
+def configured(database: Database, store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> BaseStore:
+    """A store that open_store() without arguments opens, too."""
+    monkeypatch.setenv(ENVIRONMENT_URL, database.url)
+    return store
+
+
+def test_the_code_in_the_readme_runs(
+    configured: BaseStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert len(block.splitlines()) <= 20
+        exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "['Fix it'] {'tool_call': 1}\n"
+
+
+def test_the_quickstart_runs_twice(
+    configured: BaseStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
+        out = capsys.readouterr().out
+        assert "stored 3 events; again: 0" in out
+        assert "Bash: {'command': 'make test'}" in out
+    assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) < 60
+
+
+def test_the_demo_runs_and_leaves_nothing() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o711)  # as root the server's account has to get in
+        environment = {name: v for name, v in os.environ.items() if name != ENVIRONMENT_URL}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / "demo.py")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**environment, "TMPDIR": place},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert list(Path(place).iterdir()) == []
+    assert "└── session-child-002  error" in done.stdout
+    assert "stop the server" in done.stdout
+
+
+def test_every_command_is_in_the_readme_and_has_help() -> None:
+    assert len(dict(commands())) >= 9
+    for name, parser in commands():
+        assert re.search(rf"`(contextuate-persist )?{name}\b", README), name
+        assert parser.description, name
+        for action in parser._actions:
+            documented = action.help or action.choices or action.metavar == "SESSION"
+            assert documented, f"{name} {action.option_strings}"
+
+
+def test_every_public_name_is_in_the_readme() -> None:
+    for name in contextuate_persist.__all__:
+        assert f"`{name}`" in README, name
+        assert getattr(contextuate_persist, name).__doc__, name
+
+
+def test_every_link_leads_somewhere() -> None:
+    for document in (ROOT / "README.md", ROOT / "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_readme_is_one_that_people_read() -> None:
+    assert len(README.splitlines()) <= 150
+    for target in re.findall(r"`make (\w+)`", README):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target

@@ -1,0 +1,276 @@
+"""Faults of servers and networks: nothing acknowledged is lost, nothing is stored twice."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+
+from contextuate_persist import (
+    MonitorEvent,
+    PersistenceError,
+    StoreRefused,
+    StoreUnavailable,
+)
+from contextuate_persist.base import BaseStore
+from tests.builders import T0, event, session
+from tests.conftest import Database, make_store
+from tests.proxy import Proxy
+
+
+@pytest.fixture(autouse=True)
+def _quiet_pool(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, logger="psycopg.pool")
+
+
+@pytest.fixture
+def proxy(database: Database) -> Iterator[Proxy]:
+    port = urlsplit(database.url).port
+    assert port is not None
+    with make_store(database.url) as warm:  # MySQL then knows the password without TLS
+        warm.get_events("s")
+    with Proxy(port) as running:
+        yield running
+
+
+def through(proxy: Proxy, database: Database) -> str:
+    """The database's URL by way of the proxy, unencrypted so that it can read."""
+    parts = urlsplit(database.url)
+    place = f"{parts.username}:{parts.password}@127.0.0.1:{proxy.port}"
+    query = "sslmode=disable" if database.backend == "postgresql" else "ssl-mode=DISABLED"
+    return urlunsplit((parts.scheme, place, parts.path, query, ""))
+
+
+#: The statement as it goes over the wire; MySQL's connections also say READ-COMMITTED.
+COMMIT = {"postgresql": b"COMMIT", "mysql": b"\x01COMMIT"}
+
+# --- The ambiguous commit -------------------------------------------------------------------------
+
+
+def test_a_batch_whose_commit_was_not_heard_is_stored_once(
+    proxy: Proxy, database: Database
+) -> None:
+    events = [event(f"s{i % 3}", T0 + i, parent_session_id="p") for i in range(30)]
+    with make_store(through(proxy, database)) as store:
+        proxy.swallow_answer_to = COMMIT[database.backend]
+        # The first try stored all, unheard; the second finds them there.
+        assert store.save_events(events) == 0
+        assert proxy.swallowed == 1
+        assert sorted(e.id for e in store.iter_events()) == sorted(e.id for e in events)
+        assert store.save_events(events) == 0
+
+
+def test_a_single_event_whose_insert_was_not_heard_is_stored_once(
+    proxy: Proxy, database: Database
+) -> None:
+    with make_store(through(proxy, database)) as store:
+        store.save_event(event("s", T0))
+        marked = event("s", T0 + 1, data={"mark": "swallow-this-answer"})
+        proxy.swallow_answer_to = b"swallow-this-answer"
+        assert store.save_event(marked) is False
+        assert proxy.swallowed == 1
+        assert [e.id for e in store.get_events("s")][1:] == [marked.id]
+
+
+def test_a_session_whose_save_was_not_heard_is_merged_once(
+    proxy: Proxy, database: Database
+) -> None:
+    with make_store(through(proxy, database)) as store:
+        proxy.swallow_answer_to = b"swallow-this-answer"
+        store.save_session(session(label="swallow-this-answer", child_session_ids=("a", "b")))
+        assert proxy.swallowed == 1
+        got = store.get_session("s")
+        assert got is not None
+        assert got.child_session_ids == ("a", "b")
+
+
+def test_a_deletion_whose_commit_was_not_heard_says_not_found(
+    proxy: Proxy, database: Database
+) -> None:
+    """The one call whose second try tells: the session is gone, as was wanted."""
+    with make_store(through(proxy, database)) as store:
+        store.save_session(session())
+        proxy.swallow_answer_to = COMMIT[database.backend]
+        with pytest.raises(PersistenceError, match="no session 's'"):
+            store.delete_session("s")
+        assert store.get_session("s") is None
+
+
+# --- Cut and silent connections -------------------------------------------------------------------
+
+
+def test_connections_cut_mid_statement_are_replaced(proxy: Proxy, database: Database) -> None:
+    stored: list[MonitorEvent] = []
+    errors: list[BaseException] = []
+    stop = threading.Event()
+    with make_store(through(proxy, database), pool_size=4) as store:
+
+        def work(number: int) -> None:
+            count = 0
+            while not stop.is_set():
+                batch = [event(f"s{number}", T0 + count + k) for k in range(20)]
+                count += 20
+                try:
+                    store.save_events(batch)
+                except StoreUnavailable:  # may be: not acknowledged, so not counted
+                    continue
+                except BaseException as error:
+                    errors.append(error)
+                    return
+                stored.extend(batch)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(10):
+            time.sleep(0.1)
+            proxy.cut_all()
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert errors == []
+        found = [e.id for e in store.iter_events()]
+        assert len(found) == len(set(found))
+        assert {e.id for e in stored} <= set(found)
+        assert len(stored) > 100
+
+
+def test_a_server_that_stops_answering_is_given_up_and_found_again(
+    proxy: Proxy, database: Database
+) -> None:
+    with make_store(
+        through(proxy, database), statement_timeout=1, connect_timeout=2, pool_timeout=2
+    ) as store:
+        store.save_event(event("s", T0))
+        proxy.silent = True
+        start = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            store.save_event(event("s", T0 + 1))
+        assert time.monotonic() - start < 30
+        proxy.silent = False
+        proxy.cut_all()
+        wait_until_it_works(store)
+        assert len(store.get_events("s")) >= 1
+
+
+def wait_until_it_works(store: BaseStore, seconds: float = 40) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            store.save_event(event("works", T0))
+        except (StoreUnavailable, StoreRefused):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        else:
+            return
+
+
+# --- Servers that die, restart, refuse ------------------------------------------------------------
+
+
+def test_a_server_killed_under_load_keeps_all_that_was_acknowledged(
+    own_database: Database,
+) -> None:
+    hammer(own_database, kills=2)
+
+
+@pytest.mark.soak
+def test_a_server_killed_ten_times_under_load_keeps_all(own_database: Database) -> None:
+    hammer(own_database, kills=int(os.environ.get("SOAK_KILLS", "10")))
+
+
+def hammer(database: Database, kills: int) -> None:
+    acknowledged: list[str] = []
+    stop = threading.Event()
+    errors: list[BaseException] = []
+    with make_store(database.url, connect_timeout=2, pool_timeout=2) as store:
+
+        def work(number: int) -> None:
+            count = 0
+            while not stop.is_set():
+                count += 1
+                one = event(f"s{number}", T0 + count)
+                many = [event(f"s{(number + k) % 4}", T0 + count) for k in range(8)]
+                try:
+                    store.save_event(one)
+                    acknowledged.append(one.id)
+                    store.save_events(many)
+                    acknowledged.extend(e.id for e in many)
+                except StoreUnavailable:
+                    time.sleep(0.05)
+                except BaseException as error:
+                    errors.append(error)
+                    return
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(kills):
+            time.sleep(0.7)
+            database.server.kill()
+            time.sleep(0.2)
+            database.server.start()
+        time.sleep(0.7)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert errors == []
+        wait_until_it_works(store)
+        found = [e.id for e in store.iter_events()]
+        assert len(found) == len(set(found))
+        assert set(acknowledged) <= set(found)
+        assert len(acknowledged) > 50
+
+
+def test_a_read_only_server_refuses_writes_and_is_used_again_when_writable(
+    own_database: Database,
+) -> None:
+    server = own_database.server
+    read_only, writable = (
+        (
+            f"ALTER DATABASE {own_database.name} SET default_transaction_read_only = on",
+            f"ALTER DATABASE {own_database.name} SET default_transaction_read_only = off",
+        )
+        if server.kind == "postgresql"
+        else ("SET GLOBAL super_read_only = ON", "SET GLOBAL read_only = OFF")
+    )
+    with make_store(own_database.url) as store:
+        store.save_event(event("s", T0))
+        server.execute(read_only)
+        try:
+            with make_store(own_database.url) as fresh:
+                with pytest.raises(StoreRefused, match="read-only"):
+                    fresh.save_event(event("s", T0 + 1))
+                with pytest.raises(StoreRefused, match="read-only"):
+                    fresh.save_session(session())
+                assert len(fresh.get_events("s")) == 1
+                server.execute(writable)
+                wait_until_it_works(fresh)
+        finally:
+            server.execute(writable)
+
+
+def test_two_hundred_threads_share_a_small_pool(database: Database) -> None:
+    results: list[object] = []
+    with make_store(database.url, pool_size=3, pool_timeout=30) as store:
+        store.save_events([event("s", T0 + i) for i in range(20)])
+
+        def work(number: int) -> None:
+            try:
+                store.save_event(event(f"t{number % 10}", T0 + number))
+                results.append(len(store.get_events("s")))
+            except BaseException as error:
+                results.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(90)
+        assert results == [20] * 200
+        assert store.health().pool_in_use == 1
