@@ -244,11 +244,13 @@ class AsyncStore:
 
     # --- Sessions ---------------------------------------------------------------------------------
 
-    async def save_session(self, session: SessionMeta) -> None:
-        await self._run(self._store.save_session, session)
+    async def save_session(self, session: SessionMeta, *, undelete: bool = False) -> bool:
+        return await self._run(self._store.save_session, session, undelete=undelete)
 
-    async def save_sessions(self, sessions: Iterable[SessionMeta]) -> None:
-        await self._run(self._store.save_sessions, list(sessions))
+    async def save_sessions(
+        self, sessions: Iterable[SessionMeta], *, undelete: bool = False
+    ) -> int:
+        return await self._run(self._store.save_sessions, list(sessions), undelete=undelete)
 
     async def get_session(self, session_id: str) -> SessionMeta | None:
         return await self._run(self._store.get_session, session_id)

@@ -1,4 +1,4 @@
-"""What both stores do in the same way: validate, batch, retry, page, build trees. No SQL here."""
+"""What both stores do in the same way: check, batch, retry, page. There is no SQL here."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from contextlib import AbstractContextManager
 from enum import Enum
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
-import orjson
-
-from contextuate_persist import model, payload, schema
+from contextuate_persist import model, payload, records, schema, trees
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidBatch,
@@ -38,8 +36,8 @@ from contextuate_persist.model import (
     SessionMeta,
     SessionNode,
     SessionStatus,
-    TokenUsage,
 )
+from contextuate_persist.records import EventRow, Seed
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -49,14 +47,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Rows of one transaction; beyond a few hundred nothing is gained on either server.
+#: Rows of one transaction at most; more gain nothing on either server.
 CHUNK_ROWS = 1000
 #: How long a deletion is remembered: longer than any spool of undelivered events is kept.
 TOMBSTONE_DAYS = 90
 
 _CONFLICT_ATTEMPTS = 12
 _LOST_ATTEMPTS = 4
-_PAGE_ROWS = 512
+_PAGE_ROWS = 128
 _PAGE_BYTES = 4 * 2**20
 _DELETE_SESSIONS = 200
 _LONGEST_TIMEOUT = 1_000_000  # seconds; in milliseconds it still fits the servers' settings
@@ -84,134 +82,6 @@ class StartOver(Exception):
         self.remaining = remaining
 
 
-# --- Rows -----------------------------------------------------------------------------------------
-
-
-class EventRow(NamedTuple):
-    """An event, validated and encoded."""
-
-    position: int  # in the caller's batch
-    event: MonitorEvent
-    id: str
-    working_directory: str
-    tool_name: str | None
-    tool_use_id: str | None
-    data: bytes
-    exact: bytes | None
-
-    @property
-    def size(self) -> int:
-        """Bytes that the row adds to a statement, roughly."""
-        return len(self.data) + len(self.exact or b"") + len(self.working_directory) + 300
-
-
-class Seed(NamedTuple):
-    """What events tell about a session, or about the parent that one names."""
-
-    session_id: str
-    machine_id: str
-    working_directory: str
-    start_time: int
-    known_from: str
-    exact: str | None
-
-
-def event_row(event: MonitorEvent, position: int = 0) -> EventRow:
-    """Validate and encode an event; raises InvalidRecord."""
-    model.check_event(event)
-    encoded = payload.encode(event.data, event.working_directory)
-    return EventRow(
-        position=position,
-        event=event,
-        id=model.canonical_event_id(event.id),
-        working_directory=payload.column_text(event.working_directory),
-        tool_name=_search_key(event.data.get("toolName")),
-        tool_use_id=_search_key(event.data.get("toolUseId")),
-        data=encoded.json,
-        exact=encoded.exact,
-    )
-
-
-def _search_key(value: object) -> str | None:
-    return payload.column_text(value[:255]) if isinstance(value, str) else None
-
-
-#: The order in which the stores select an event's columns.
-EVENT_FIELDS = (
-    "id",
-    "seq",
-    "timestamp",
-    "session_id",
-    "parent_session_id",
-    "machine_id",
-    "working_directory",
-    "event_type",
-    "hook_type",
-    "data",
-    "exact",
-)
-
-
-def event_from_row(row: Sequence[Any]) -> MonitorEvent:
-    """The event in a row of EVENT_FIELDS."""
-    data, working_directory = payload.decode(row[9], row[10], row[6])
-    return MonitorEvent(
-        id=row[0],
-        seq=row[1],
-        timestamp=row[2],
-        session_id=row[3],
-        parent_session_id=row[4],
-        machine_id=row[5],
-        working_directory=working_directory,
-        event_type=row[7],
-        hook_type=row[8],
-        data=data,
-    )
-
-
-def seeds_of(rows: Iterable[EventRow]) -> list[Seed]:
-    """One seed for each session that events touch, and for each parent, sorted by id.
-
-    Sorted, since every writer must lock sessions in the same order.
-    """
-    earliest: dict[str, EventRow] = {}
-    children: dict[str, EventRow] = {}
-    for row in rows:
-        event = row.event
-        for ids, session_id in ((earliest, event.session_id), (children, event.parent_session_id)):
-            if session_id is not None:
-                known = ids.get(session_id)
-                if known is None or event.timestamp < known.event.timestamp:
-                    ids[session_id] = row
-    return [
-        _seed(session_id, earliest.get(session_id), children.get(session_id))
-        for session_id in sorted(earliest.keys() | children.keys())
-    ]
-
-
-def _seed(session_id: str, own: EventRow | None, childs: EventRow | None) -> Seed:
-    row = own or childs
-    assert row is not None  # noqa: S101  (one of the two named the session)
-    texts = {"working_directory": row.event.working_directory}
-    return Seed(
-        session_id=session_id,
-        machine_id=row.event.machine_id,
-        working_directory=row.working_directory,
-        start_time=row.event.timestamp,
-        known_from="event" if own else "reference",
-        exact=_packed_texts(texts),
-    )
-
-
-def links_of(rows: Iterable[EventRow]) -> dict[str, str]:
-    """Parents as events tell them, by child; the first one counts."""
-    links: dict[str, str] = {}
-    for row in rows:
-        if row.event.parent_session_id is not None:
-            links.setdefault(row.event.session_id, row.event.parent_session_id)
-    return links
-
-
 def drop_deleted(rows: list[EventRow], deleted: Mapping[str, int]) -> None:
     """Raise StartOver if events are not newer than the deletion of their session."""
     remaining = [row for row in rows if row.event.timestamp > deleted.get(row.event.session_id, 0)]
@@ -230,146 +100,6 @@ def accept_inserted(rows: list[EventRow], inserted: int, sessions_changed: int) 
     return inserted
 
 
-# --- Sessions as parameters and rows --------------------------------------------------------------
-
-_SESSION_TEXTS = ("working_directory", "label", "agent_type", "model", "transcript_path")
-_FLAG_DEFAULTS = {"is_user_initiated": True, "is_pinned": False, "hidden": False}
-
-
-def _packed_texts(texts: Mapping[str, str | None]) -> str | None:
-    packed = {
-        name: payload.pack_text(text)
-        for name, text in texts.items()
-        if text is not None and not payload.fits_text(text)
-    }
-    return orjson.dumps(packed).decode() if packed else None
-
-
-def _exact_patch(texts: Mapping[str, str | None]) -> str:
-    """A merge patch for `sessions.exact`: the given texts that need it, null for the others."""
-    patch = {
-        name: None if text is None or payload.fits_text(text) else payload.pack_text(text)
-        for name, text in texts.items()
-    }
-    return orjson.dumps(patch).decode()
-
-
-def session_parameters(session: SessionMeta) -> dict[str, Any]:
-    """The values of a save, by column; `exact` is a merge patch over the texts that were given."""
-    usage = session.token_usage
-    texts = {name: getattr(session, name) for name in _SESSION_TEXTS}
-    given = {name: text for name, text in texts.items() if text is not None}
-    return {
-        "session_id": session.session_id,
-        "machine_id": session.machine_id,
-        "start_time": session.start_time,
-        "end_time": session.end_time,
-        "status": SessionStatus(session.status).value,
-        "parent_session_id": session.parent_session_id,
-        "manual_parent_session_id": session.manual_parent_session_id,
-        "child_session_ids": json_list(session.child_session_ids),
-        "is_user_initiated": session.is_user_initiated,
-        "is_pinned": session.is_pinned,
-        "hidden": session.hidden,
-        "token_usage_input": usage.total_input,
-        "token_usage_output": usage.total_output,
-        "token_usage_cache_read": usage.total_cache_read,
-        "token_usage_cache_creation": usage.total_cache_creation,
-        **{
-            name: None if text is None else payload.column_text(text)
-            for name, text in texts.items()
-        },
-        "exact": _exact_patch(given),
-    }
-
-
-def update_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of an update, by column, checked; `exact` is there if a text is."""
-    values: dict[str, Any] = {}
-    for name, value in fields.items():
-        if name == "session_id" or name not in model.SESSION_CHECKS:
-            raise InvalidRecord(f"{name}: no field that update_session can set")
-        if value is None and name in _FLAG_DEFAULTS:
-            values[name] = _FLAG_DEFAULTS[name]
-            continue
-        model.SESSION_CHECKS[name](name, value)
-        if name == "token_usage":
-            values["token_usage_input"] = value.total_input
-            values["token_usage_output"] = value.total_output
-            values["token_usage_cache_read"] = value.total_cache_read
-            values["token_usage_cache_creation"] = value.total_cache_creation
-        elif name == "child_session_ids":
-            values[name] = json_list(value)
-        elif name == "status":
-            values[name] = SessionStatus(value).value
-        elif name in _SESSION_TEXTS and value is not None:
-            values[name] = payload.column_text(value)
-        else:
-            values[name] = value
-    texts = {name: fields[name] for name in _SESSION_TEXTS if name in fields}
-    if texts:
-        values["exact"] = _exact_patch(texts)
-    return values
-
-
-def json_list(ids: Iterable[str]) -> str:
-    return orjson.dumps(list(dict.fromkeys(ids))).decode()
-
-
-#: The order in which the stores select a session's columns; the last two are computed: the sessions
-#: whose effective parent it is, as [start_time, id] pairs, and the listed ids that are not its own.
-SESSION_FIELDS = (
-    "session_id",
-    "machine_id",
-    "working_directory",
-    "start_time",
-    "end_time",
-    "status",
-    "parent_session_id",
-    "manual_parent_session_id",
-    "child_session_ids",
-    "agent_type",
-    "model",
-    "transcript_path",
-    "is_user_initiated",
-    "is_pinned",
-    "hidden",
-    "label",
-    "token_usage_input",
-    "token_usage_output",
-    "token_usage_cache_read",
-    "token_usage_cache_creation",
-    "exact",
-    "linked_children",
-    "strangers",
-)
-
-
-def session_from_row(row: Sequence[Any]) -> SessionMeta:
-    """The session in a row of SESSION_FIELDS."""
-    values = dict(zip(SESSION_FIELDS, row, strict=True))
-    linked = [child for _, child in sorted(_json(values.pop("linked_children")))]
-    strangers = set(_json(values.pop("strangers")))
-    listed = [child for child in _json(values["child_session_ids"]) if child not in strangers]
-    values["child_session_ids"] = tuple(dict.fromkeys(listed + linked))
-    values["status"] = SessionStatus(values["status"])
-    values["token_usage"] = TokenUsage(
-        total_input=values.pop("token_usage_input"),
-        total_output=values.pop("token_usage_output"),
-        total_cache_read=values.pop("token_usage_cache_read"),
-        total_cache_creation=values.pop("token_usage_cache_creation"),
-    )
-    for flag in _FLAG_DEFAULTS:
-        values[flag] = bool(values[flag])
-    if exact := values.pop("exact"):
-        values |= {name: payload.unpack_text(text) for name, text in orjson.loads(exact).items()}
-    return SessionMeta(**values)
-
-
-def _json(value: Any) -> Any:
-    return orjson.loads(value) if value else []
-
-
 def by_table(rows: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
     """The columns of each table, from pairs of table and column."""
     tables: dict[str, set[str]] = {}
@@ -378,88 +108,9 @@ def by_table(rows: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
     return tables
 
 
-# --- Trees ----------------------------------------------------------------------------------------
-
-
-def forest(sessions: Iterable[SessionMeta], root: str | None = None) -> list[SessionNode]:
-    """The sessions in tree order: from `root`, or from every root, siblings by start.
-
-    Each session comes once, whatever cycles there are: a cycle begins at its smallest id.
-    """
-    ordered = sorted(sessions, key=lambda session: (session.start_time, session.session_id))
-    by_id = {session.session_id: session for session in ordered}
-    children: dict[str, list[SessionMeta]] = {}
-    roots: list[SessionMeta] = []
-    for session in ordered:
-        parent = session.effective_parent_id
-        if parent in by_id:
-            children.setdefault(parent, []).append(session)
-        else:
-            roots.append(session)
-    nodes: list[SessionNode] = []
-    seen: set[str] = set()
-
-    def walk(start: SessionMeta) -> None:
-        stack = [SessionNode(start, 0)]
-        while stack:
-            node = stack.pop()
-            if node.session.session_id in seen:
-                continue
-            seen.add(node.session.session_id)
-            nodes.append(node)
-            below = children.get(node.session.session_id, ())
-            stack.extend(SessionNode(child, node.depth + 1) for child in reversed(below))
-
-    if root is not None:
-        walk(by_id[root])
-        return nodes
-    for session in roots:
-        walk(session)
-    for session in ordered:
-        if session.session_id not in seen:
-            walk(by_id[_cycle_start(session, by_id)])
-    return nodes
-
-
-def _cycle_start(session: SessionMeta, by_id: Mapping[str, SessionMeta]) -> str:
-    """The smallest id of the cycle that this session hangs on."""
-    path: dict[str, None] = {}
-    session_id = session.session_id
-    while session_id not in path:
-        path[session_id] = None
-        session_id = str(by_id[session_id].effective_parent_id)
-    ids = list(path)
-    return min(ids[ids.index(session_id) :])
-
-
-def groups(links: Mapping[str, str | None]) -> list[list[str]]:
-    """The ids that hang together through their parents, each group sorted."""
-    leader: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        while (above := leader.setdefault(node, node)) != node:
-            leader[node] = leader.setdefault(above, above)
-            node = above
-        return node
-
-    for child, parent in links.items():
-        if parent is not None and parent in links:
-            leader[find(child)] = find(parent)
-    members: dict[str, list[str]] = {}
-    for node in sorted(links):
-        members.setdefault(find(node), []).append(node)
-    return list(members.values())
-
-
-def whole_trees(rows: Iterable[tuple[str, str | None, bool]]) -> list[str]:
-    """The ids, of rows of id, effective parent and due, in whose tree everything is due."""
-    parents: dict[str, str | None] = {}
-    due: set[str] = set()
-    for session_id, parent, is_due in rows:
-        parents[session_id] = parent
-        if is_due:
-            due.add(session_id)
-    return sorted(node for tree in groups(parents) if due.issuperset(tree) for node in tree)
+def milliseconds(seconds: float) -> int:
+    """For settings of the servers, to which 0 means for ever."""
+    return max(1, round(seconds * 1000))
 
 
 # --- The store ------------------------------------------------------------------------------------
@@ -510,7 +161,15 @@ class BaseStore(ABC):
     def init(self) -> None:
         with self._lock:
             if not self._opened:
-                self._open()
+                try:
+                    self._open()
+                except PersistenceError:
+                    raise
+                except Exception as error:
+                    fault = self._fault(error)
+                    if fault is None:
+                        raise
+                    raise self._error(fault, error) from error
                 self._opened = True
 
     def close(self) -> None:
@@ -535,7 +194,7 @@ class BaseStore(ABC):
 
     def save_event(self, event: MonitorEvent) -> bool:
         self._check_open()
-        row = event_row(event)
+        row = records.event_row(event)
         self._check_row(row)
         # Most events belong to a session that is known: one statement, no transaction around it.
         if self._run(lambda connection: self._insert_event(connection, row)):
@@ -562,16 +221,19 @@ class BaseStore(ABC):
         undelete: bool = False,
     ) -> int | SaveResult:
         if on_error not in ("raise", "skip"):
-            raise InvalidRecord(f"on_error: 'raise' or 'skip' is needed, not {on_error!r}")
+            message = f"on_error: 'raise' or 'skip' is needed, not {model.shown(on_error)}"
+            raise InvalidRecord(message)
         self._check_open()
+        if not isinstance(events, Iterable):
+            raise InvalidRecord(f"events: a list is needed, not {type(events).__name__}")
         rows: dict[str, EventRow] = {}
         refused: list[Refusal] = []
         for index, event in enumerate(events):
             try:
-                row = event_row(event, index)
+                row = records.event_row(event, index)
                 self._check_row(row)
             except InvalidRecord as error:
-                refused.append(Refusal(index, str(getattr(event, "id", "?")), str(error)))
+                refused.append(Refusal(index, _name(event, "id"), str(error)))
             else:
                 rows.setdefault(row.id, row)
         if refused and on_error == "raise":
@@ -649,7 +311,7 @@ class BaseStore(ABC):
         model.check_id("session_id", session_id)
         event_id = model.canonical_event_id(event_id)
         row = self._run(lambda connection: self._select_event(connection, session_id, event_id))
-        return event_from_row(row) if row else None
+        return records.event_from_row(row) if row else None
 
     def get_all_recent_events(self, limit: int = 200) -> list[MonitorEvent]:
         return self._find({}, newest_first=True, limit=_limit(limit))
@@ -683,13 +345,13 @@ class BaseStore(ABC):
             after=after,
         )
         limit = _limit(limit)
-        if contains is None:
+        if contains is None or limit == 0:
             return self._find(filters, newest_first=newest_first, limit=limit)
         found: list[MonitorEvent] = []
         for event in self._pages(filters, newest_first=newest_first, most=limit):
-            if len(found) >= limit:
-                break
             found.append(event)
+            if len(found) == limit:
+                break
         return found
 
     def iter_events(
@@ -739,12 +401,15 @@ class BaseStore(ABC):
         rows = self._run(
             lambda connection: self._select_events(connection, filters, newest_first, limit)
         )
-        return [event_from_row(row) for row in rows]
+        return [records.event_from_row(row) for row in rows]
 
     def _pages(
         self, filters: dict[str, Any], *, newest_first: bool, most: int
     ) -> Iterator[MonitorEvent]:
-        """Matching events page by page; pages shrink where payloads are large."""
+        """Matching events page by page, in bounded memory.
+
+        Pages shrink where payloads are large, and the largest are fetched one by one.
+        """
         contains = filters.get("contains")
         rows_of_page = min(32, max(most, 1))
         while True:
@@ -753,14 +418,15 @@ class BaseStore(ABC):
                 filters=filters,
                 newest_first=newest_first,
                 limit=rows_of_page,
+                large_later=True,
             )
             rows = self._run(page)
             full = len(rows) == rows_of_page
             size = sum(len(row[9]) + len(row[10] or b"") for row in rows)
             position = Cursor(rows[-1][2], rows[-1][1]) if rows else None
             for row in rows:
-                event = event_from_row(row)
-                if contains is None or payload.contains(event.data, contains):
+                event = self._complete(row)
+                if event and (contains is None or payload.contains(event.data, contains)):
                     yield event
             if not full:
                 return
@@ -770,34 +436,45 @@ class BaseStore(ABC):
             elif size < _PAGE_BYTES // 4:
                 rows_of_page = min(_PAGE_ROWS, rows_of_page * 2)
 
+    def _complete(self, row: Sequence[Any]) -> MonitorEvent | None:
+        """The event of a page's row; None if it had to be fetched and was deleted meanwhile."""
+        event_id, session_id, exact, exact_size = row[0], row[3], row[10], row[11]
+        if exact is None and exact_size is not None:
+            return self.get_event_by_id(session_id, event_id)
+        return records.event_from_row(row)
+
     # --- Sessions ---------------------------------------------------------------------------------
 
-    def save_session(self, session: SessionMeta) -> None:
+    def save_session(self, session: SessionMeta, *, undelete: bool = False) -> bool:
         model.check_session(session)
-        self._save_sessions([session])
+        return self._save_sessions([session], undelete) == 1
 
-    def save_sessions(self, sessions: Iterable[SessionMeta]) -> None:
+    def save_sessions(self, sessions: Iterable[SessionMeta], *, undelete: bool = False) -> int:
         self._check_open()
+        if not isinstance(sessions, Iterable):
+            raise InvalidRecord(f"sessions: a list is needed, not {type(sessions).__name__}")
         sessions = list(sessions)
         refused: list[Refusal] = []
         for index, session in enumerate(sessions):
             try:
                 model.check_session(session)
             except InvalidRecord as error:
-                refused.append(Refusal(index, str(getattr(session, "session_id", "?")), str(error)))
+                refused.append(Refusal(index, _name(session, "session_id"), str(error)))
         if refused:
             raise InvalidBatch(refused)
-        if sessions:
-            self._save_sessions(sessions)
+        return self._save_sessions(sessions, undelete) if sessions else 0
 
-    def _save_sessions(self, sessions: list[SessionMeta]) -> None:
-        parameters = [session_parameters(session) for session in sessions]
+    def _save_sessions(self, sessions: list[SessionMeta], undelete: bool) -> int:
+        parameters = [records.session_parameters(session) for session in sessions]
         seeds = self._reference_seeds(sessions)
-        self._run(
-            lambda connection: self._upsert_sessions(connection, seeds, parameters),
-            # One row without a parent locks nothing else: it needs no order and no transaction.
-            transaction=bool(seeds),
-        )
+
+        def save(connection: Any) -> int:
+            if undelete:
+                self._undelete(connection, [session.session_id for session in sessions])
+            return self._upsert_sessions(connection, seeds, parameters)
+
+        # One row without a parent locks nothing else: it needs no order and no transaction.
+        return self._run(save, transaction=undelete or bool(seeds))
 
     @staticmethod
     def _reference_seeds(sessions: list[SessionMeta]) -> list[Seed]:
@@ -826,7 +503,7 @@ class BaseStore(ABC):
         rows = self._run(
             lambda connection: self._select_sessions(connection, {"session_id": session_id}, None)
         )
-        return session_from_row(rows[0]) if rows else None
+        return records.session_from_row(rows[0]) if rows else None
 
     def get_sessions(
         self,
@@ -862,11 +539,11 @@ class BaseStore(ABC):
         if limit is not None and _limit(limit) == 0:
             return []
         rows = self._run(lambda connection: self._select_sessions(connection, filters, limit))
-        return [session_from_row(row) for row in rows]
+        return [records.session_from_row(row) for row in rows]
 
     def update_session(self, session_id: str, **fields: Unpack[SessionFields]) -> None:
         model.check_id("session_id", session_id)
-        values = update_parameters(fields)
+        values = records.update_parameters(fields)
 
         def update(connection: Any) -> None:
             if not self._update_session(connection, session_id, values):
@@ -878,8 +555,13 @@ class BaseStore(ABC):
     def delete_session(self, session_id: str) -> None:
         model.check_id("session_id", session_id)
 
+        tries = 0
+
         def delete(connection: Any) -> None:
-            if not self._delete_session(connection, session_id):
+            nonlocal tries
+            tries += 1
+            # Not there any more at a second try: the first has deleted it, and was not heard.
+            if not self._delete_session(connection, session_id) and tries == 1:
                 raise SessionNotFound(session_id)
 
         self._run(delete, transaction=True)
@@ -897,33 +579,26 @@ class BaseStore(ABC):
         due = dict(self._run(lambda connection: self._select_prunable(connection, older_than)))
         pruned = 0
         batch: list[str] = []
-        trees = groups(due)
-        for position, tree in enumerate(trees):
+        found = trees.groups(due)
+        for position, tree in enumerate(found):
             batch += tree
-            if len(batch) >= _DELETE_SESSIONS or position == len(trees) - 1:
-                pruned += self._prune_batch(batch, older_than)
+            if len(batch) >= _DELETE_SESSIONS or position == len(found) - 1:
+                prune = partial(self._delete_prunable, ids=sorted(batch), older_than=older_than)
+                pruned += self._run(prune, transaction=True)
                 batch = []
         self._run(
-            lambda connection: self._forget_deletions(connection, TOMBSTONE_DAYS * 86_400_000),
-            transaction=True,
+            lambda connection: self._forget_deletions(connection, TOMBSTONE_DAYS * 86_400_000)
         )
         return pruned
 
-    def _prune_batch(self, ids: list[str], older_than: int) -> int:
-        """Delete the trees of a batch that are still due once their sessions are locked."""
-        return self._run(
-            lambda connection: self._delete_prunable(connection, sorted(ids), older_than),
-            transaction=True,
-        )
-
     def session_tree(self, session_id: str | None = None) -> list[SessionNode]:
         if session_id is None:
-            return forest(self.get_sessions())
+            return trees.forest(self.get_sessions())
         model.check_id("session_id", session_id)
         rows = self._run(lambda connection: self._select_subtree(connection, session_id))
         if not rows:
             raise SessionNotFound(session_id)
-        return forest(map(session_from_row, rows), session_id)
+        return trees.forest(map(records.session_from_row, rows), session_id)
 
     def health(self) -> Health:
         return self._run(self._health)
@@ -963,14 +638,17 @@ class BaseStore(ABC):
             raise StoreClosed
 
     def _run(self, work: Callable[[Any], T], *, transaction: bool = False) -> T:
-        """Do the work on a connection, again where that is safe and can help.
+        """Do the work on a connection, again where that can help.
 
-        Safe it always is: every write is idempotent, and a transaction is done again as a whole.
+        It is always safe: every write is idempotent, and a transaction is done again as a whole.
+        Only what a call returns may then tell too little: a commit that was not heard has stored,
+        or deleted, what the second try finds done.
         """
         attempt = 0
         while True:
             self._check_open()
             attempt += 1
+            started = time.monotonic()
             try:
                 with self._connection(transaction) as connection:
                     return work(connection)
@@ -980,6 +658,8 @@ class BaseStore(ABC):
                 fault = self._fault(error)
                 if fault is None:
                     raise
+                if fault is Fault.LOST and time.monotonic() - started > self._statement_timeout:
+                    fault = Fault.TIMEOUT  # it was given up: once is enough to wait that long
                 if attempt >= _ATTEMPTS.get(fault, 1):
                     raise self._error(fault, error) from error
                 if fault is Fault.LOST:
@@ -1040,9 +720,17 @@ class BaseStore(ABC):
 
     @abstractmethod
     def _select_events(
-        self, connection: Any, filters: Mapping[str, Any], newest_first: bool, limit: int
+        self,
+        connection: Any,
+        filters: Mapping[str, Any],
+        newest_first: bool,
+        limit: int,
+        large_later: bool = False,
     ) -> list[Any]:
-        """Rows of EVENT_FIELDS; `contains` may let more through, never less."""
+        """Rows of EVENT_FIELDS; `contains` may let more through, never less.
+
+        With `large_later` a row has the size of `exact` behind it, and no `exact` if that is large.
+        """
 
     @abstractmethod
     def _select_event(self, connection: Any, session_id: str, event_id: str) -> Any:
@@ -1055,8 +743,12 @@ class BaseStore(ABC):
     @abstractmethod
     def _upsert_sessions(
         self, connection: Any, seeds: list[Seed], sessions: list[dict[str, Any]]
-    ) -> None:
-        """Lock what the seeds name, in their order, then merge the sessions."""
+    ) -> int:
+        """Lock what the seeds name, in their order, then merge the sessions; how many counted."""
+
+    @abstractmethod
+    def _undelete(self, connection: Any, ids: list[str]) -> None:
+        """Forget that these sessions were deleted."""
 
     @abstractmethod
     def _select_sessions(
@@ -1141,9 +833,13 @@ def _event_filters(**given: Any) -> dict[str, Any]:
         elif name in ("tool_name", "tool_use_id"):
             if not isinstance(value, str):
                 raise InvalidRecord(f"{name}: a string is needed, not {type(value).__name__}")
-            filters[name] = _search_key(value)
+            filters[name] = records.search_key(value)
         elif name in ("before", "after"):
             filters[name] = _bound(name, value)
+        elif name == "contains":
+            if not isinstance(value, Mapping):
+                raise InvalidRecord(f"contains: an object is needed, not {type(value).__name__}")
+            payload.encode(dict(value))  # raises for what no payload can hold
     if "contains" in filters and not any(name in filters for name in _CONTAINS_BOUNDS):
         raise InvalidRecord(f"contains: give one of {', '.join(_CONTAINS_BOUNDS)} beside it")
     return filters
@@ -1152,13 +848,21 @@ def _event_filters(**given: Any) -> dict[str, Any]:
 def _bound(name: str, value: object) -> Cursor:
     """A time as the cursor before, or after, everything of that millisecond."""
     if isinstance(value, Cursor):
+        model.check_timestamp(name, value.timestamp)
+        if type(value.seq) is not int or not 0 <= value.seq <= model.MAX_COUNT:
+            raise InvalidRecord(f"{name}: {model.shown(value.seq)} is no seq of an event")
         return value
     model.check_timestamp(name, value)
     assert isinstance(value, int)  # noqa: S101  (checked in the line above)
     return Cursor(value, 0 if name == "before" else model.MAX_COUNT)
 
 
+def _name(record: object, field: str) -> str:
+    name = getattr(record, field, "?")
+    return name if isinstance(name, str) else model.shown(name)
+
+
 def _limit(value: object) -> int:
     if type(value) is not int or not 0 <= value <= model.MAX_COUNT:
-        raise InvalidRecord(f"limit: a count is needed, not {value!r}")
+        raise InvalidRecord(f"limit: a count is needed, not {model.shown(value)}")
     return value

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,8 @@ def open_store(
         from contextuate_persist.embedded import EmbeddedStore  # noqa: PLC0415  (only if needed)
 
         return EmbeddedStore(**options)
-    _check_quoting(url)
+    if not isinstance(url, str):
+        raise ConfigurationError(f"database URL: a string is needed, not {type(url).__name__}")
     try:
         scheme = urlsplit(url).scheme.lower()
     except ValueError:
@@ -64,9 +66,11 @@ def open_store(
     )
 
 
-def _check_quoting(url: str) -> None:
+def check_quoting(url: str) -> None:
     """Refuse a password with a bare @, / or %: drivers take its parts for others, and name them."""
     after_scheme = url.partition("://")[2]
+    if not after_scheme:
+        return
     authority = re.split("[/?#]", after_scheme, maxsplit=1)[0]
     user, at, _ = authority.partition("@")
     has_rest = "@" in after_scheme[len(user) + 1 :].partition("?")[0]
@@ -84,6 +88,11 @@ def is_local(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def ssl_authorities() -> str:
+    """The file of the certificate authorities that this machine trusts."""
+    return ssl.get_default_verify_paths().cafile or ""
 
 
 # --- The configuration file -----------------------------------------------------------------------

@@ -47,7 +47,9 @@ class InvalidBatch(InvalidRecord):
     def __init__(self, refused: Sequence[Refusal], stored: int = 0) -> None:
         self.refused = tuple(refused)
         self.stored = stored
-        shown = "; ".join(f"[{r.index}] {r.id}: {r.reason}" for r in self.refused[:20])
+        shown = "; ".join(
+            f"[{r.index}] {ascii(r.id[:60])[1:-1]}: {r.reason}" for r in self.refused[:20]
+        )
         more = len(self.refused) - 20
         super().__init__(
             f"{len(self.refused)} refused, {stored or 'nothing'} stored: {shown}"

@@ -20,6 +20,8 @@ from contextuate_persist.errors import InvalidRecord, Refusal
 MIN_TIMESTAMP = 10**11
 MAX_TIMESTAMP = 2**53 - 1
 MAX_COUNT = 2**63 - 1
+#: Of each kind; sums of them still fit a bigint.
+MAX_TOKENS = 2**53 - 1
 MAX_ID_LENGTH = 255
 MAX_TYPE_LENGTH = 100
 #: Characters. Four bytes each still fit MySQL's TEXT (65,535 bytes).
@@ -47,9 +49,11 @@ class Cursor(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Read what `str(cursor)` wrote; raises InvalidRecord for anything else."""
-        match = re.fullmatch(r"([0-9]{1,16})-([0-9]{1,19})", text)
-        if not match:
-            raise InvalidRecord(f"cursor: {text!r} is not of the form TIMESTAMP-SEQ")
+        match = (
+            re.fullmatch(r"([0-9]{1,16})-([0-9]{1,19})", text) if isinstance(text, str) else None
+        )
+        if not match or int(match[2]) > MAX_COUNT:
+            raise InvalidRecord(f"cursor: {shown(text)} is not of the form TIMESTAMP-SEQ")
         return cls(int(match[1]), int(match[2]))
 
 
@@ -323,7 +327,7 @@ def canonical_event_id(value: object) -> str:
         # uuid.UUID() alone would also take braces, "urn:uuid:" and hyphens anywhere.
         if _CANONICAL_UUID.fullmatch(value.lower()) or re.fullmatch("[0-9a-fA-F]{32}", value):
             return str(uuid.UUID(value))
-    raise InvalidRecord(f"id: a UUID is needed, not {_shown(value)}")
+    raise InvalidRecord(f"id: a UUID is needed, not {shown(value)}")
 
 
 _CANONICAL_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -349,7 +353,7 @@ def _check_name(name: str, value: object, limit: int) -> None:
     if found := _NOT_IN_IDS.search(value):
         raise InvalidRecord(f"{name}: control character or surrogate U+{ord(found[0]):04X}")
     if value != value.strip():
-        raise InvalidRecord(f"{name}: white space around {_shown(value)}")
+        raise InvalidRecord(f"{name}: white space around {shown(value)}")
 
 
 def check_timestamp(name: str, value: object) -> None:
@@ -358,7 +362,7 @@ def check_timestamp(name: str, value: object) -> None:
         raise InvalidRecord(f"{name}: an integer (Unix milliseconds) is needed, not {_kind(value)}")
     if not MIN_TIMESTAMP <= value <= MAX_TIMESTAMP:
         hint = "; is it in seconds?" if 0 <= value < MIN_TIMESTAMP else ""
-        raise InvalidRecord(f"{name}: {_shown(value)} is no time in Unix milliseconds{hint}")
+        raise InvalidRecord(f"{name}: {shown(value)} is no time in Unix milliseconds{hint}")
 
 
 def _check_text(name: str, value: object, limit: int = MAX_TEXT_LENGTH) -> None:
@@ -380,7 +384,7 @@ def _check_flag(name: str, value: object) -> None:
 def _check_status(name: str, value: object) -> None:
     if not isinstance(value, str) or value not in list(SessionStatus):
         known = ", ".join(status.value for status in SessionStatus)
-        raise InvalidRecord(f"{name}: {_shown(value)} is none of {known}")
+        raise InvalidRecord(f"{name}: {shown(value)} is none of {known}")
 
 
 def _check_children(name: str, value: object) -> None:
@@ -397,8 +401,8 @@ def _check_usage(name: str, value: object) -> None:
         count = getattr(value, field_name)
         if count is None and field_name.startswith("total_cache"):
             continue
-        if type(count) is not int or not 0 <= count <= MAX_COUNT:
-            raise InvalidRecord(f"{field_name}: a count is needed, not {_shown(count)}")
+        if type(count) is not int or not 0 <= count <= MAX_TOKENS:
+            raise InvalidRecord(f"{field_name}: a count is needed, not {shown(count)}")
 
 
 def _optional(check: Any) -> Any:
@@ -435,7 +439,8 @@ def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """The value in one short line of ASCII, for messages."""
     try:
         text = ascii(value)
     except Exception:  # an int of 5,000 digits, or whatever a __repr__ does

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-import ssl
 import threading
 import time
 from collections import OrderedDict, deque
@@ -18,11 +17,18 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import mysql.connector
 from mysql.connector.errors import Error as MySQLError
 
-from contextuate_persist import base, payload, schema
-from contextuate_persist.base import BaseStore, EventRow, Fault, Seed
-from contextuate_persist.config import is_local
-from contextuate_persist.errors import ConfigurationError, StoreUnavailable
+from contextuate_persist import base, payload, records, schema, trees
+from contextuate_persist.base import BaseStore, Fault
+from contextuate_persist.config import check_quoting, is_local, ssl_authorities
+from contextuate_persist.errors import (
+    ConfigurationError,
+    InvalidRecord,
+    SchemaError,
+    StoreRefused,
+    StoreUnavailable,
+)
 from contextuate_persist.model import Health
+from contextuate_persist.records import EventRow, Seed
 
 try:
     # commit() and parameter conversion of the C extension raise this, which is no MySQLError.
@@ -66,40 +72,37 @@ ON DUPLICATE KEY UPDATE id = events.id
 # writes holds them in this order, so nobody waits in a circle. A row that does not change is locked
 # all the same. MySQL assigns from left to right: known_from and start_time are tested before they
 # are set. VALUES() is deprecated, but what replaces it came with 8.0.19 only.
-SEED_SESSIONS = """
+TELLS_MORE = """VALUES(known_from) = 'event' AND (
+            sessions.known_from = 'reference'
+            OR sessions.known_from = 'event' AND VALUES(start_time) < sessions.start_time
+        )"""
+
+SEED_SESSIONS = f"""
 INSERT INTO sessions (
     session_id, machine_id, working_directory, start_time, known_from, exact
 )
 VALUES %(rows)s
 ON DUPLICATE KEY UPDATE
-    machine_id = IF(
-        VALUES(known_from) = 'event' AND (
-            sessions.known_from = 'reference'
-            OR sessions.known_from = 'event' AND VALUES(start_time) < sessions.start_time
-        ),
-        VALUES(machine_id), sessions.machine_id
-    ),
+    machine_id = IF({TELLS_MORE}, VALUES(machine_id), sessions.machine_id),
     working_directory = IF(
-        VALUES(known_from) = 'event' AND (
-            sessions.known_from = 'reference'
-            OR sessions.known_from = 'event' AND VALUES(start_time) < sessions.start_time
-        ),
-        VALUES(working_directory), sessions.working_directory
+        {TELLS_MORE}, VALUES(working_directory), sessions.working_directory
     ),
     exact = IF(
-        VALUES(known_from) = 'event' AND (
-            sessions.known_from = 'reference'
-            OR sessions.known_from = 'event' AND VALUES(start_time) < sessions.start_time
+        {TELLS_MORE},
+        CAST(
+            NULLIF(
+                CAST(
+                    JSON_MERGE_PATCH(
+                        JSON_REMOVE(COALESCE(sessions.exact, '{{}}'), '$.working_directory'),
+                        COALESCE(VALUES(exact), '{{}}')
+                    ) AS CHAR
+                ),
+                '{{}}'
+            ) AS JSON
         ),
-        VALUES(exact), sessions.exact
+        sessions.exact
     ),
-    start_time = IF(
-        VALUES(known_from) = 'event' AND (
-            sessions.known_from = 'reference'
-            OR sessions.known_from = 'event' AND VALUES(start_time) < sessions.start_time
-        ),
-        VALUES(start_time), sessions.start_time
-    ),
+    start_time = IF({TELLS_MORE}, VALUES(start_time), sessions.start_time),
     known_from = IF(
         VALUES(known_from) = 'event' AND sessions.known_from = 'reference',
         'event', sessions.known_from
@@ -149,6 +152,12 @@ SELECT
 FROM events AS e
 """
 
+# For pages in bounded memory: a large exact payload is left out, its size tells that it is there.
+SELECT_EVENTS_SMALL = SELECT_EVENTS.replace(
+    "e.exact",
+    "CASE WHEN OCTET_LENGTH(e.exact) <= 65536 THEN e.exact END, OCTET_LENGTH(e.exact)",
+)
+
 SELECT_EVENT = SELECT_EVENTS + "WHERE e.id = UUID_TO_BIN(%(id)s) AND e.session_id = %(session_id)s"
 
 # Filters come as fixed clauses: one statement with `? IS NULL OR` for each would be planned for all
@@ -189,6 +198,7 @@ GROUP BY e.event_type
 # --- Sessions -------------------------------------------------------------------------------------
 
 # How a save merges is the protocol's to say; parameters are what was given, columns what is known.
+# A session that was deleted after its start, and is not there again, stays so.
 SAVE_SESSION = """
 INSERT INTO sessions (
     session_id, machine_id, working_directory, start_time, end_time, status,
@@ -197,16 +207,23 @@ INSERT INTO sessions (
     token_usage_input, token_usage_output, token_usage_cache_read, token_usage_cache_creation,
     known_from, exact
 )
-VALUES (
+SELECT
     %(session_id)s, %(machine_id)s, %(working_directory)s, %(start_time)s,
     IF(%(status)s = 'active', NULL, %(end_time)s), %(status)s,
-    %(parent_session_id)s, %(manual_parent_session_id)s, %(child_session_ids)s,
+    %(parent_session_id)s, %(manual_parent_session_id)s, CAST(%(child_session_ids)s AS JSON),
     %(agent_type)s, %(model)s, %(transcript_path)s,
     COALESCE(%(is_user_initiated)s, TRUE), COALESCE(%(is_pinned)s, FALSE),
     COALESCE(%(hidden)s, FALSE), %(label)s,
     %(token_usage_input)s, %(token_usage_output)s, %(token_usage_cache_read)s,
     %(token_usage_cache_creation)s,
     'session', NULLIF(CAST(JSON_MERGE_PATCH('{}', %(exact)s) AS CHAR), '{}')
+FROM (SELECT 1 AS one) AS given
+WHERE EXISTS (
+    SELECT 1 FROM sessions AS shown
+    WHERE shown.session_id = %(session_id)s AND shown.known_from <> 'reference'
+) OR NOT EXISTS (
+    SELECT 1 FROM deleted_sessions AS d
+    WHERE d.session_id = %(session_id)s AND d.deleted_at >= %(start_time)s
 )
 ON DUPLICATE KEY UPDATE
     machine_id = %(machine_id)s,
@@ -217,14 +234,24 @@ ON DUPLICATE KEY UPDATE
     parent_session_id = COALESCE(%(parent_session_id)s, sessions.parent_session_id),
     manual_parent_session_id =
         COALESCE(%(manual_parent_session_id)s, sessions.manual_parent_session_id),
-    child_session_ids = JSON_MERGE_PRESERVE(sessions.child_session_ids, (
-        SELECT COALESCE(JSON_ARRAYAGG(given.child), JSON_ARRAY())
-        FROM JSON_TABLE(
-            %(child_session_ids)s,
-            '$[*]' COLUMNS (child VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
-        ) AS given
-        WHERE NOT JSON_CONTAINS(sessions.child_session_ids, JSON_QUOTE(given.child))
-    )),
+    child_session_ids = IF(
+        JSON_CONTAINS(sessions.child_session_ids, CAST(%(child_session_ids)s AS JSON)),
+        sessions.child_session_ids,
+        JSON_MERGE_PRESERVE(sessions.child_session_ids, (
+            SELECT COALESCE(JSON_ARRAYAGG(given.child), JSON_ARRAY())
+            FROM JSON_TABLE(
+                %(child_session_ids)s,
+                '$[*]' COLUMNS (child VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+            ) AS given
+            WHERE given.child NOT IN (
+                SELECT known.child
+                FROM JSON_TABLE(
+                    sessions.child_session_ids,
+                    '$[*]' COLUMNS (child VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+                ) AS known
+            )
+        ))
+    ),
     agent_type = COALESCE(%(agent_type)s, sessions.agent_type),
     model = COALESCE(%(model)s, sessions.model),
     transcript_path = COALESCE(%(transcript_path)s, sessions.transcript_path),
@@ -276,12 +303,19 @@ SELECT
             s.child_session_ids,
             '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
         ) AS listed
-        LEFT JOIN sessions AS child ON child.session_id = listed.session_id
+        LEFT JOIN sessions AS child
+            ON child.session_id = listed.session_id AND child.known_from <> 'reference'
         LEFT JOIN deleted_sessions AS gone ON gone.session_id = listed.session_id
         WHERE child.effective_parent_id <> s.session_id
             OR child.session_id IS NULL AND gone.session_id IS NOT NULL
     ) AS strangers
 FROM sessions AS s
+"""
+
+SELECT_SHOWN = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE s.session_id = %(session_id)s AND s.known_from <> 'reference'
 """
 
 SESSION_CLAUSES = {
@@ -354,15 +388,15 @@ FIRM_COLUMNS = {"machine_id", "working_directory", "start_time", "parent_session
 # Deleting takes three steps under locks taken in the order of ids: children lose their parent,
 # lists lose the id, then the row goes, its events with it (foreign key).
 SELECT_FAMILY = """
-SELECT s.session_id, s.parent_session_id, s.manual_parent_session_id
+SELECT s.session_id
 FROM sessions AS s
 WHERE s.session_id = %(session_id)s
 UNION
-SELECT child.session_id, NULL, NULL
+SELECT child.session_id
 FROM sessions AS child
 WHERE child.parent_session_id = %(session_id)s
 UNION
-SELECT child.session_id, NULL, NULL
+SELECT child.session_id
 FROM sessions AS child
 WHERE child.effective_parent_id = %(session_id)s
 """
@@ -383,9 +417,17 @@ SET
 WHERE parent_session_id = %(session_id)s OR effective_parent_id = %(session_id)s
 """
 
-# MySQL cannot find a JSON array by its element without a scan, so only the parents' lists lose the
-# id at once. Elsewhere reading leaves it out, until FORGET_LISTED removes it for good.
-UNLIST_CHILD = """
+# A list cannot be found by its element without a scan (20 ms among 50,000 sessions), so that is
+# read without locks; only what is found is then locked and changed.
+SELECT_LISTING = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE JSON_LENGTH(s.child_session_ids) > 0
+    AND JSON_OVERLAPS(s.child_session_ids, CAST(%(session_ids)s AS JSON))
+ORDER BY s.session_id
+"""
+
+UNLIST_CHILDREN = """
 UPDATE sessions
 SET child_session_ids = COALESCE(
     (
@@ -394,25 +436,39 @@ SET child_session_ids = COALESCE(
             child_session_ids,
             '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
         ) AS listed
-        WHERE listed.session_id <> %(session_id)s
+        WHERE listed.session_id NOT IN (
+            SELECT gone.session_id
+            FROM JSON_TABLE(
+                %(session_ids)s,
+                '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+            ) AS gone
+        )
     ),
     JSON_ARRAY()
 )
-WHERE session_id IN (%(parent_id)s, %(manual_parent_id)s)
+WHERE session_id = %(session_id)s
 """
 
-# An event dated later than the server's clock must not bring its session back either.
+# An event dated a little later than the server's clock must not bring its session back either; but
+# one with a year to go must not keep the session's future away. A mere reference leaves no trace.
 REMEMBER_DELETIONS = """
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
     s.session_id,
     GREATEST(
-        CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED),
-        COALESCE((SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id), 0)
+        clock.now,
+        LEAST(
+            clock.now + 86400000,
+            COALESCE(
+                (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id), 0
+            )
+        )
     )
 FROM sessions AS s
-WHERE s.session_id IN (%(session_ids)s)
-ON DUPLICATE KEY UPDATE deleted_at = VALUES(deleted_at)
+CROSS JOIN (SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now) AS clock
+WHERE s.session_id IN (%(session_ids)s) AND s.known_from <> 'reference'
+ON DUPLICATE KEY UPDATE
+    deleted_at = GREATEST(deleted_sessions.deleted_at, VALUES(deleted_at))
 """
 
 COUNT_VISIBLE = """
@@ -475,7 +531,13 @@ SELECT
     AND NOT EXISTS (
         SELECT 1 FROM sessions AS child
         WHERE child.effective_parent_id = s.session_id
-            AND NOT JSON_CONTAINS(%(session_ids)s, JSON_QUOTE(child.session_id))
+            AND child.session_id NOT IN (
+                SELECT kin.session_id
+                FROM JSON_TABLE(
+                    %(session_ids)s,
+                    '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+                ) AS kin
+            )
     ) AS due
 FROM JSON_TABLE(
     %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
@@ -483,27 +545,9 @@ FROM JSON_TABLE(
 JOIN sessions AS s ON s.session_id = locked.session_id
 """
 
-FORGET_LISTED = """
-UPDATE sessions
-SET child_session_ids = COALESCE(
-    (
-        SELECT JSON_ARRAYAGG(listed.session_id)
-        FROM JSON_TABLE(
-            child_session_ids,
-            '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
-        ) AS listed
-        WHERE NOT JSON_CONTAINS(%(session_ids)s, JSON_QUOTE(listed.session_id))
-    ),
-    JSON_ARRAY()
-)
-WHERE JSON_OVERLAPS(child_session_ids, %(session_ids)s)
-"""
-
-SELECT_OLD_DELETIONS = """
-SELECT d.session_id
-FROM deleted_sessions AS d
-WHERE d.deleted_at < CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - %(age)s
-LIMIT 1000
+FORGET_DELETIONS = """
+DELETE FROM deleted_sessions
+WHERE deleted_at < CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - %(age)s
 """
 
 # --- Server ---------------------------------------------------------------------------------------
@@ -532,11 +576,13 @@ VALUES (%(version)s, %(name)s, %(checksum)s)
 ON DUPLICATE KEY UPDATE name = %(name)s, checksum = %(checksum)s
 """
 
-SET_LOCK_TIMEOUT = "SET SESSION lock_wait_timeout = {seconds}"
+ALLOW_LONG_STATEMENTS = b"SET SESSION max_execution_time = 0"
 
 LOCK_SCHEMA = """
-SELECT GET_LOCK(CONCAT('contextuate_schema_', LEFT(SHA2(%(database)s, 256), 40)), %(seconds)s)
+SELECT GET_LOCK(CONCAT('contextuate_schema_', LEFT(SHA2(%(database)s, 256), 40)), 0)
 """
+
+SELECT_CIPHER = "SHOW SESSION STATUS LIKE 'Ssl_cipher'"
 
 SELECT_SERVER = "SELECT VERSION(), @@max_allowed_packet, DATABASE()"
 
@@ -549,6 +595,7 @@ SET SESSION
     time_zone = '+00:00',
     cte_max_recursion_depth = 4294967295,
     innodb_lock_wait_timeout = {lock_seconds},
+    lock_wait_timeout = {lock_seconds},
     max_execution_time = {statement_ms}
 """
 
@@ -568,7 +615,10 @@ class MySQLStore(BaseStore):
         for the driver's pure Python implementation.
         """
         super().__init__(**options)
+        check_quoting(url)
         self._arguments, self._place = _parse(url)
+        # The driver itself goes on in plain text where a server, or a liar, offers no TLS.
+        self._encrypted = bool(self._arguments.pop("_encrypted", False))
         self._arguments |= {
             "charset": "utf8mb4",
             "autocommit": True,
@@ -595,22 +645,28 @@ class MySQLStore(BaseStore):
         finally:
             _close_quietly(connection)
         # Escaping may double a payload, and the limit also holds for MySQL's own form of it.
-        self._chunk_bytes = self._row_bytes = packet // 4
-        if packet >= 4 * payload.MAX_PAYLOAD_BYTES:
-            self._row_bytes = packet
+        self._chunk_bytes = packet // 4
+        self._row_bytes = packet if packet >= 4 * payload.MAX_PAYLOAD_BYTES else packet // 4
 
-    def _connect(self, **arguments: Any) -> Any:
+    def _connect(self, *, patient: bool = False) -> Any:
+        arguments = dict(self._arguments)
+        if patient:
+            arguments.pop("read_timeout", None)
         try:
-            connection: Any = mysql.connector.connect(**self._arguments | arguments)
+            connection: Any = mysql.connector.connect(**arguments)
         except (MySQLError, MySQLInterfaceError) as error:
-            raise StoreUnavailable(f"{self._place}: {_reason(error)}") from error
+            refused = getattr(error, "errno", None) in REFUSED_LOGINS
+            kind = StoreRefused if refused else StoreUnavailable
+            raise kind(f"{self._place}: {_reason(error)}") from error
         try:
+            if self._encrypted:
+                _require_tls(_execute(connection, SELECT_CIPHER)[0][1], self._place)
             _require_mysql(_execute(connection, SELECT_SERVER)[0][0], self._place)
             connection.set_charset_collation("utf8mb4", "utf8mb4_0900_bin")
             connection.cmd_query(
                 SET_SESSION.format(
                     lock_seconds=max(1, round(self._lock_timeout)),
-                    statement_ms=round(self._statement_timeout * 1000),
+                    statement_ms=base.milliseconds(self._statement_timeout),
                 ).encode()
             )
         except BaseException:
@@ -645,27 +701,21 @@ class MySQLStore(BaseStore):
     def _connection(self, transaction: bool) -> Iterator[Any]:
         pool = self._living_pool()
         connection = pool.take(self._place)
+        broken = True
         try:
             if transaction:
                 connection.cmd_query(b"START TRANSACTION")
             yield connection
             if transaction:
                 connection.cmd_query(b"COMMIT")
-        except BaseException as error:
+            broken = False
+        except Exception as error:
             # Always rolled back: after a lock wait MySQL has undone the last statement only.
-            if not isinstance(error, Exception) or not _rolled_back(connection):
-                pool.discard(connection)
-                raise
-            if isinstance(error, (MySQLError, MySQLInterfaceError)) and self._fault(error) in (
-                Fault.LOST,
-                Fault.STALE,
-                Fault.REFUSED,
-            ):
-                pool.discard(connection)
-            else:
-                pool.give_back(connection)
+            fault = self._fault(error)
+            broken = fault in UNUSABLE_AFTER or not _rolled_back(connection)
             raise
-        pool.give_back(connection)
+        finally:
+            pool.give_back(connection, broken=broken)
 
     def _fault(self, error: Exception) -> Fault | None:
         if not isinstance(error, MySQLError | MySQLInterfaceError):
@@ -679,44 +729,35 @@ class MySQLStore(BaseStore):
     # --- Events -----------------------------------------------------------------------------------
 
     def _insert_event(self, connection: Any, row: EventRow) -> bool:
-        event = row.event
-        parameters = {
-            "id": row.id,
-            "session_id": event.session_id,
-            "timestamp": event.timestamp,
-            "event_type": event.event_type,
-            "hook_type": event.hook_type,
-            "parent_session_id": event.parent_session_id,
-            "machine_id": event.machine_id,
-            "working_directory": row.working_directory,
-            "tool_name": row.tool_name,
-            "tool_use_id": row.tool_use_id,
-            "data": row.data.decode(),
-            "exact": row.exact,
-        }
+        parameters = dict(zip(EVENT_COLUMNS, _event_values(row), strict=True))
         return _execute_write(connection, INSERT_EVENT, parameters) == 1
 
     def _insert_events(self, connection: Any, rows: list[EventRow], undelete: bool) -> int:
-        changed = _send(connection, SEED_SESSIONS, {"rows": base.seeds_of(rows)})
+        changed = _send(connection, SEED_SESSIONS, {"rows": records.seeds_of(rows)})
         touched = list({row.event.session_id for row in rows})
         if undelete:
-            _send(connection, UNDELETE_SESSIONS, {"session_ids": touched})
+            self._undelete(connection, touched)
         elif deleted := dict(
-            _execute(connection, SELECT_DELETIONS, {"session_ids": base.json_list(touched)})
+            _execute(connection, SELECT_DELETIONS, {"session_ids": records.json_list(touched)})
         ):
             base.drop_deleted(rows, deleted)
-        for child, parent in base.links_of(rows).items():
+        for child, parent in records.links_of(rows).items():
             link = {"child_id": child, "parent_id": parent}
             changed += _execute_write(connection, LINK_PARENT, link)
         inserted = _send(connection, INSERT_EVENTS, {"rows": map(_event_values, rows)})
         return base.accept_inserted(rows, inserted, changed)
 
     def _select_known_ids(self, connection: Any, rows: list[EventRow]) -> list[str]:
-        ids = {"ids": base.json_list(row.id for row in rows)}
+        ids = {"ids": records.json_list(row.id for row in rows)}
         return [row[0] for row in _execute(connection, SELECT_KNOWN_IDS, ids)]
 
     def _select_events(
-        self, connection: Any, filters: Mapping[str, Any], newest_first: bool, limit: int
+        self,
+        connection: Any,
+        filters: Mapping[str, Any],
+        newest_first: bool,
+        limit: int,
+        large_later: bool = False,
     ) -> list[Any]:
         clauses = [clause for name, clause in EVENT_CLAUSES.items() if name in filters]
         parameters: dict[str, Any] = {**filters, "limit": limit}
@@ -727,7 +768,7 @@ class MySQLStore(BaseStore):
                 parameters[f"{bound}_timestamp"], parameters[f"{bound}_seq"] = filters[bound]
         direction = "DESC" if newest_first else "ASC"
         query = (
-            SELECT_EVENTS
+            (SELECT_EVENTS_SMALL if large_later else SELECT_EVENTS)
             + (f"WHERE {' AND '.join(clauses)} " if clauses else "")
             + f"ORDER BY e.timestamp {direction}, e.seq {direction} LIMIT %(limit)s"
         )
@@ -746,11 +787,21 @@ class MySQLStore(BaseStore):
 
     def _upsert_sessions(
         self, connection: Any, seeds: list[Seed], sessions: list[dict[str, Any]]
-    ) -> None:
+    ) -> int:
         if seeds:
             _send(connection, SEED_SESSIONS, {"rows": seeds})
-        for session in sessions:
-            _execute_write(connection, SAVE_SESSION, session)
+        return sum(
+            # A row that has these values already does not count as written.
+            _execute_write(connection, SAVE_SESSION, session) > 0
+            or self._is_shown(connection, session["session_id"])
+            for session in sessions
+        )
+
+    def _is_shown(self, connection: Any, session_id: str) -> bool:
+        return bool(_execute(connection, SELECT_SHOWN, {"session_id": session_id}))
+
+    def _undelete(self, connection: Any, ids: list[str]) -> None:
+        _send(connection, UNDELETE_SESSIONS, {"session_ids": ids})
 
     def _select_sessions(
         self, connection: Any, filters: Mapping[str, Any], limit: int | None
@@ -782,23 +833,16 @@ class MySQLStore(BaseStore):
             if _execute_write(connection, update, parameters):
                 return True
         # A row that has these values already does not count as updated.
-        return bool(_execute(connection, f"SELECT session_id FROM sessions {where}", parameters))
+        return self._is_shown(connection, session_id)
 
     def _delete_session(self, connection: Any, session_id: str) -> bool:
-        rows = _execute(connection, SELECT_FAMILY, {"session_id": session_id})
-        parents = {row[0]: row[1:] for row in reversed(rows)}
-        if session_id not in parents:
+        own = {"session_id": session_id}
+        family = {row[0] for row in _execute(connection, SELECT_FAMILY, own)}
+        if session_id not in family:
             return False
-        detected, manual = parents[session_id]
-        family = {*parents, *filter(None, (detected, manual))}
-        _send(connection, LOCK_SESSIONS, {"session_ids": sorted(family)})
-        _execute_write(connection, ORPHAN_CHILDREN, {"session_id": session_id})
-        listing = {
-            "session_id": session_id,
-            "parent_id": detected,
-            "manual_parent_id": manual,
-        }
-        _execute_write(connection, UNLIST_CHILD, listing)
+        listing = self._select_listing(connection, [session_id])
+        _send(connection, LOCK_SESSIONS, {"session_ids": sorted(family.union(listing))})
+        _execute_write(connection, ORPHAN_CHILDREN, own)
         return self._delete_locked(connection, [session_id]) == 1
 
     def _delete_sessions(self, connection: Any, ids: list[str]) -> int:
@@ -806,10 +850,18 @@ class MySQLStore(BaseStore):
         return self._delete_locked(connection, ids)
 
     def _delete_locked(self, connection: Any, ids: list[str]) -> int:
-        visible = _execute(connection, COUNT_VISIBLE, {"session_ids": base.json_list(ids)})[0][0]
+        listed = records.json_list(ids)
+        for session_id in self._select_listing(connection, ids):
+            parameters = {"session_ids": listed, "session_id": session_id}
+            _execute_write(connection, UNLIST_CHILDREN, parameters)
+        visible = _execute(connection, COUNT_VISIBLE, {"session_ids": listed})[0][0]
         _send(connection, REMEMBER_DELETIONS, {"session_ids": ids})
         _send(connection, DELETE_SESSIONS, {"session_ids": ids})
         return int(visible)
+
+    def _select_listing(self, connection: Any, ids: list[str]) -> list[str]:
+        rows = _execute(connection, SELECT_LISTING, {"session_ids": records.json_list(ids)})
+        return [row[0] for row in rows]
 
     def _select_session_ids(self, connection: Any) -> list[str]:
         return [row[0] for row in _execute(connection, SELECT_SESSION_IDS)]
@@ -819,15 +871,12 @@ class MySQLStore(BaseStore):
 
     def _delete_prunable(self, connection: Any, ids: list[str], older_than: int) -> int:
         _send(connection, LOCK_SESSIONS, {"session_ids": ids})
-        parameters = {"session_ids": base.json_list(ids), "older_than": older_than}
-        due = base.whole_trees(_execute(connection, RECHECK_PRUNABLE, parameters))
+        parameters = {"session_ids": records.json_list(ids), "older_than": older_than}
+        due = trees.whole_trees(_execute(connection, RECHECK_PRUNABLE, parameters))
         return self._delete_locked(connection, due) if due else 0
 
     def _forget_deletions(self, connection: Any, age: int) -> None:
-        while rows := _execute(connection, SELECT_OLD_DELETIONS, {"age": age}):
-            ids = [row[0] for row in rows]
-            _execute_write(connection, FORGET_LISTED, {"session_ids": base.json_list(ids)})
-            _send(connection, UNDELETE_SESSIONS, {"session_ids": ids})
+        _execute_write(connection, FORGET_DELETIONS, {"age": age})
 
     # --- Server -----------------------------------------------------------------------------------
 
@@ -855,15 +904,18 @@ class MySQLStore(BaseStore):
 
     @contextlib.contextmanager
     def _schema_session(self, timeout: float) -> Iterator[MySQLSchema]:
-        connection = self._connect(read_timeout=None)  # a migration may take hours
+        connection = self._connect(patient=True)
         try:
+            deadline = time.monotonic() + timeout
             # The lock is the server's, so its name carries the database's; 64 characters at most.
-            named = {"database": self._arguments["database"], "seconds": round(timeout)}
-            if _execute(connection, LOCK_SCHEMA, named)[0][0] != 1:
-                raise StoreUnavailable(f"{self._place}: another process changes the schema")
-            # An ALTER that waits stops every later writer: better to give up and come again.
-            seconds = max(1, round(self._lock_timeout))
-            connection.cmd_query(SET_LOCK_TIMEOUT.format(seconds=seconds).encode())
+            named = {"database": self._arguments["database"]}
+            while _execute(connection, LOCK_SCHEMA, named)[0][0] != 1:
+                if time.monotonic() > deadline:
+                    raise StoreUnavailable(f"{self._place}: another process changes the schema")
+                time.sleep(0.05)
+            # A migration may take hours; only its waiting for locks stays bounded, since an ALTER
+            # that waits stops every later writer.
+            connection.cmd_query(ALLOW_LONG_STATEMENTS)
             yield MySQLSchema(connection, self._place)
         except (MySQLError, MySQLInterfaceError) as error:
             raise self._error(self._fault(error) or Fault.REFUSED, error) from error
@@ -926,11 +978,26 @@ def _prepared(connection: Any, statement: str, parameters: Mapping[str, Any] | N
         if len(cursors) >= _MAX_PREPARED:
             cursors.popitem(last=False)[1].close()
     given = parameters or {}
-    # ints for booleans, bytes for buffers: what both implementations of the driver take.
-    values = tuple(int(v) if isinstance(v := given[name], bool) else v for name in names)
+    values = tuple(map(_plain, (given[name] for name in names)))
     cursor.execute(text, values)
     cursors[text] = cursor
     return cursor
+
+
+def _plain(value: Any) -> str | bytes | int | None:
+    """The value as both implementations of the driver take it.
+
+    Others, the C extension answers with a crash of the process: better an error more than that.
+    """
+    if isinstance(value, bool | int):
+        if -(2**63) <= value < 2**63:
+            return int(value)
+    elif value is None or isinstance(value, bytes):
+        return value
+    elif isinstance(value, str):
+        value.encode()
+        return str(value)
+    raise InvalidRecord(f"parameter: {type(value).__name__} out of range or of no SQL type")
 
 
 _MAX_PREPARED = 100
@@ -963,18 +1030,61 @@ def _execute_write(connection: Any, statement: str, parameters: Mapping[str, Any
 
 
 def _send(connection: Any, statement: str, parameters: Mapping[str, Any]) -> int:
-    """Execute a statement as bytes; lists become the items of an IN or the rows of a VALUES."""
-    pieces: list[bytes] = []
+    """Execute a statement as bytes; how many rows it affected.
+
+    A list becomes the items of an IN; `rows` the rows of a VALUES, in as many statements as keep
+    each well below the server's packet limit.
+    """
     text, names = _positional(statement)
-    for part, name in zip(text.split("?"), [*names, ""], strict=True):
+    parts = text.split("?")
+    if names == ("rows",):
+        return sum(
+            _affected(connection, [parts[0].encode(), values, parts[1].encode()])
+            for values in _values_lists(parameters["rows"])
+        )
+    pieces: list[bytes] = []
+    for part, name in zip(parts, [*names, None], strict=True):
         pieces.append(part.encode())
-        if name == "rows":
-            rows = (b"(" + b", ".join(map(literal, row)) + b")" for row in parameters[name])
-            pieces.append(b",\n".join(rows))
-        elif name:
+        if name is not None:
             pieces.append(b", ".join(map(literal, parameters[name])))
-    result = connection.cmd_query(b"".join(pieces))
-    return int(result["affected_rows"])
+    return _affected(connection, pieces)
+
+
+def _affected(connection: Any, pieces: list[bytes]) -> int:
+    return int(connection.cmd_query(b"".join(pieces))["affected_rows"])
+
+
+def _values_lists(rows: Iterable[Iterable[Any]]) -> Iterator[bytes]:
+    texts: list[bytes] = []
+    size = 0
+    for row in rows:
+        text = b"(" + b", ".join(map(literal, row)) + b")"
+        if texts and size + len(text) > _STATEMENT_BYTES:
+            yield b",\n".join(texts)
+            texts, size = [], 0
+        texts.append(text)
+        size += len(text)
+    yield b",\n".join(texts)
+
+
+_STATEMENT_BYTES = 2**20
+
+
+#: The columns of an event, as the two INSERTs name them.
+EVENT_COLUMNS = (
+    "id",
+    "session_id",
+    "timestamp",
+    "event_type",
+    "hook_type",
+    "parent_session_id",
+    "machine_id",
+    "working_directory",
+    "tool_name",
+    "tool_use_id",
+    "data",
+    "exact",
+)
 
 
 class _Uuid(str):
@@ -999,7 +1109,8 @@ def literal(value: str | bytes | int | None) -> bytes:
     return prefix + raw.replace(b"\\", b"\\\\").replace(b"'", b"\\'") + b"'"
 
 
-def _event_values(row: EventRow) -> Iterable[str | bytes | int | None]:
+def _event_values(row: EventRow) -> tuple[str | bytes | int | None, ...]:
+    """The values of EVENT_COLUMNS."""
     event = row.event
     return (
         _Uuid(row.id),
@@ -1027,6 +1138,7 @@ class Pool:
     """
 
     _TRUSTED_SECONDS = 5.0  # an idle connection that old is asked first whether it lives
+    _RETRY_SECONDS = 0.1
 
     def __init__(self, connect: Callable[[], Any], size: int, timeout: float) -> None:
         self._connect = connect
@@ -1038,10 +1150,12 @@ class Pool:
         self.in_use = 0
 
     def take(self, place: str) -> Any:
+        """A connection that lives; raises StoreUnavailable if there is none in time."""
+        deadline = time.monotonic() + self._timeout
         if not self._slots.acquire(timeout=self._timeout):
             raise StoreUnavailable(f"{place}: no connection was free for {self._timeout:g} s")
         try:
-            connection = self._living() or self._connect()
+            connection = self._living() or self._connected(deadline)
         except BaseException:
             self._slots.release()
             raise
@@ -1050,29 +1164,36 @@ class Pool:
         return connection
 
     def _living(self) -> Any:
+        try:
+            since, connection = self._idle.pop()  # the last one used is the warmest
+        except IndexError:
+            return None
+        if time.monotonic() - since < self._TRUSTED_SECONDS or connection.is_connected():
+            return connection
+        _close_quietly(connection)
+        self.discard_idle()  # the others have waited longer, for the same server
+        return None
+
+    def _connected(self, deadline: float) -> Any:
+        """A new connection; a server that restarts is waited for."""
         while True:
             try:
-                since, connection = self._idle.pop()  # the last one used is the warmest
-            except IndexError:
-                return None
-            if time.monotonic() - since < self._TRUSTED_SECONDS or connection.is_connected():
-                return connection
-            _close_quietly(connection)
+                return self._connect()
+            except StoreUnavailable:
+                if time.monotonic() + self._RETRY_SECONDS > deadline:
+                    raise
+                time.sleep(self._RETRY_SECONDS)
 
-    def give_back(self, connection: Any) -> None:
-        self._idle.append((time.monotonic(), connection))
-        self._release()
-        if self._closed:
-            self.discard_idle()
-
-    def discard(self, connection: Any) -> None:
-        _close_quietly(connection)
-        self._release()
-
-    def _release(self) -> None:
-        with self._lock:
-            self.in_use -= 1
-        self._slots.release()
+    def give_back(self, connection: Any, *, broken: bool = False) -> None:
+        try:
+            if broken or self._closed:
+                _close_quietly(connection)
+            else:
+                self._idle.append((time.monotonic(), connection))
+        finally:
+            with self._lock:
+                self.in_use -= 1
+            self._slots.release()
 
     def discard_idle(self) -> None:
         while self._idle:
@@ -1087,15 +1208,20 @@ class Pool:
 def _rolled_back(connection: Any) -> bool:
     try:
         connection.cmd_query(b"ROLLBACK")
-    except (MySQLError, MySQLInterfaceError):
+    except Exception:  # the C extension has errors of its own
         return False
     return True
 
 
 def _close_quietly(connection: Any) -> None:
-    # A connection that is broken already says so again when it is closed.
-    with contextlib.suppress(MySQLError, MySQLInterfaceError, OSError):
+    # A connection that is broken already says so again when it is closed, in many ways.
+    with contextlib.suppress(Exception):
         connection.close()
+
+
+def _require_tls(cipher: str, place: str) -> None:
+    if not cipher:
+        raise StoreRefused(f"{place}: offers no TLS, and the URL requires it")
 
 
 def _require_mysql(version: str, place: str) -> None:
@@ -1113,13 +1239,18 @@ def _read_version(connection: Any) -> schema.SchemaVersion | None:
     try:
         rows = _execute(connection, SELECT_VERSION)
     except (MySQLError, MySQLInterfaceError) as error:
-        if getattr(error, "errno", None) == _NO_SUCH_TABLE:
+        number = getattr(error, "errno", None)
+        if number == _NO_SUCH_TABLE:
             return None
+        if number == _NO_SUCH_COLUMN:
+            reason = "schema_version is a table of another program: use an empty database"
+            raise SchemaError(reason) from None
         raise
     return schema.SchemaVersion(*rows[0]) if rows else None
 
 
 _NO_SUCH_TABLE = 1146
+_NO_SUCH_COLUMN = 1054
 
 # --- Settings -------------------------------------------------------------------------------------
 
@@ -1170,8 +1301,9 @@ def _tls(given: dict[str, str], *, local: bool) -> dict[str, Any]:
     if mode == "DISABLED":
         return {"ssl_disabled": True}
     arguments: dict[str, Any] = {name.replace("-", "_"): path for name, path in files.items()}
+    arguments["_encrypted"] = mode != "PREFERRED"
     if mode.startswith("VERIFY"):
-        arguments.setdefault("ssl_ca", ssl.get_default_verify_paths().cafile or "")
+        arguments.setdefault("ssl_ca", ssl_authorities())
         arguments["ssl_verify_cert"] = True
         arguments["ssl_verify_identity"] = mode == "VERIFY_IDENTITY"
     return arguments
@@ -1180,6 +1312,12 @@ def _tls(given: dict[str, str], *, local: bool) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "msg", None) or error).split())
 
+
+#: Faults after which a connection is not used again; the last might be a server gone read-only.
+UNUSABLE_AFTER = (Fault.LOST, Fault.STALE, Fault.REFUSED)
+
+#: Wrong password, no access to the database, no such database: the same tomorrow.
+REFUSED_LOGINS = {1044, 1045, 1049, 1698}
 
 #: What an error number means; whatever is missing here the server refuses.
 FAULTS = {
@@ -1194,6 +1332,7 @@ FAULTS = {
     1927: Fault.LOST,  # the connection was killed
     4031: Fault.LOST,  # idle for too long
     1213: Fault.CONFLICT,
+    3101: Fault.CONFLICT,  # a group of servers undid the transaction
     1451: Fault.CONFLICT,
     1452: Fault.CONFLICT,  # the session was deleted while we inserted
     1243: Fault.STALE,
@@ -1201,8 +1340,8 @@ FAULTS = {
     1205: Fault.TIMEOUT,  # innodb_lock_wait_timeout
     3024: Fault.TIMEOUT,  # max_execution_time
     1040: Fault.TIMEOUT,  # too many connections
+    1461: Fault.TIMEOUT,  # too many prepared statements
     1048: Fault.DATA,
-    1105: Fault.DATA,
     1153: Fault.DATA,  # over max_allowed_packet
     1264: Fault.DATA,
     1292: Fault.DATA,

@@ -121,14 +121,24 @@ def contains(document: Any, part: Any) -> bool:
     each item of the other is contained in one of its own; anything else, if it is equal. True is
     not 1, and 1 is 1.0. The databases' own operators differ in detail; they only preselect.
     """
+    # Plain loops: one frame for each level, so that 512 levels fit Python's stack.
     if isinstance(part, Mapping):
-        return isinstance(document, Mapping) and all(
-            key in document and contains(document[key], value) for key, value in part.items()
-        )
+        if not isinstance(document, Mapping):
+            return False
+        for key, wanted in part.items():
+            if key not in document or not contains(document[key], wanted):
+                return False
+        return True
     if isinstance(part, list):
-        return isinstance(document, list) and all(
-            any(contains(item, wanted) for item in document) for wanted in part
-        )
+        if not isinstance(document, list):
+            return False
+        for wanted in part:
+            for item in document:
+                if contains(item, wanted):
+                    break
+            else:
+                return False
+        return True
     if isinstance(part, bool) or isinstance(document, bool):
         return part is document
     return bool(part == document)
@@ -167,9 +177,12 @@ def _survey(data: dict[str, Any]) -> bool:  # noqa: C901, PLR0912  (one loop, on
     """
     fits = True
     level: list[Any] = [data]
-    depth = 0
+    depth = containers = 0
     while level:
         depth += 1
+        containers += len(level)
+        if containers > MAX_PAYLOAD_BYTES // 2:  # two brackets each; or one in itself, many times
+            raise InvalidRecord("data: more values than a payload may have")
         if depth > MAX_DEPTH:
             raise InvalidRecord(f"data: nested more than {MAX_DEPTH} deep")
         below: list[Any] = []

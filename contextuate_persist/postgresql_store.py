@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -15,11 +16,17 @@ from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
-from contextuate_persist import base, payload, schema
-from contextuate_persist.base import BaseStore, EventRow, Fault, Seed
-from contextuate_persist.config import is_local
-from contextuate_persist.errors import ConfigurationError, StoreUnavailable
+from contextuate_persist import base, payload, records, schema, trees
+from contextuate_persist.base import BaseStore, Fault
+from contextuate_persist.config import check_quoting, is_local, ssl_authorities
+from contextuate_persist.errors import (
+    ConfigurationError,
+    SchemaError,
+    StoreRefused,
+    StoreUnavailable,
+)
 from contextuate_persist.model import Health
+from contextuate_persist.records import EventRow, Seed
 
 # --- Events ---------------------------------------------------------------------------------------
 
@@ -68,7 +75,9 @@ ON CONFLICT (session_id) DO UPDATE SET
     working_directory = EXCLUDED.working_directory,
     start_time = EXCLUDED.start_time,
     known_from = EXCLUDED.known_from,
-    exact = EXCLUDED.exact
+    exact = NULLIF(
+        COALESCE(s.exact, '{}') - 'working_directory' || COALESCE(EXCLUDED.exact, '{}'), '{}'
+    )
 WHERE EXCLUDED.known_from = 'event'
     AND (
         s.known_from = 'reference'
@@ -122,6 +131,12 @@ SELECT
     COALESCE(e.hook_type_name, e.hook_type::text) AS hook_type, e.data, e.exact
 FROM events AS e
 """
+
+# For pages in bounded memory: a large exact payload is left out, its size tells that it is there.
+SELECT_EVENTS_SMALL = SELECT_EVENTS.replace(
+    "e.exact",
+    "CASE WHEN OCTET_LENGTH(e.exact) <= 65536 THEN e.exact END, OCTET_LENGTH(e.exact)",
+)
 
 SELECT_EVENT = SELECT_EVENTS + "WHERE e.id = %(id)s AND e.session_id = %(session_id)s"
 
@@ -185,7 +200,8 @@ WHERE t.oid IN (to_regtype('monitor_event_type'), to_regtype('claude_hook_type')
 
 # --- Sessions -------------------------------------------------------------------------------------
 
-# How a save merges is the protocol's to say; EXCLUDED is what was given, s what is known.
+# How a save merges is the protocol's to say; EXCLUDED is what was given, s what is known. A session
+# that was deleted after its start, and is not there again, stays so.
 SAVE_SESSION = """
 INSERT INTO sessions AS s (
     session_id, machine_id, working_directory, start_time, end_time, status,
@@ -194,16 +210,23 @@ INSERT INTO sessions AS s (
     token_usage_input, token_usage_output, token_usage_cache_read, token_usage_cache_creation,
     known_from, exact
 )
-VALUES (
-    %(session_id)s, %(machine_id)s, %(working_directory)s, %(start_time)s,
-    CASE WHEN %(status)s <> 'active' THEN %(end_time)s::bigint END, %(status)s::session_status,
-    %(parent_session_id)s, %(manual_parent_session_id)s, %(child_session_ids)s::jsonb,
-    %(agent_type)s, %(model)s, %(transcript_path)s,
+SELECT
+    %(session_id)s::varchar, %(machine_id)s::varchar, %(working_directory)s::text,
+    %(start_time)s::bigint, CASE WHEN %(status)s <> 'active' THEN %(end_time)s::bigint END,
+    %(status)s::session_status, %(parent_session_id)s::varchar,
+    %(manual_parent_session_id)s::varchar, %(child_session_ids)s::jsonb,
+    %(agent_type)s::varchar, %(model)s::varchar, %(transcript_path)s::text,
     COALESCE(%(is_user_initiated)s::boolean, TRUE), COALESCE(%(is_pinned)s::boolean, FALSE),
-    COALESCE(%(hidden)s::boolean, FALSE), %(label)s,
-    %(token_usage_input)s, %(token_usage_output)s, %(token_usage_cache_read)s,
-    %(token_usage_cache_creation)s,
+    COALESCE(%(hidden)s::boolean, FALSE), %(label)s::text,
+    %(token_usage_input)s::bigint, %(token_usage_output)s::bigint,
+    %(token_usage_cache_read)s::bigint, %(token_usage_cache_creation)s::bigint,
     'session', NULLIF(jsonb_strip_nulls(%(exact)s::jsonb), '{}')
+WHERE EXISTS (
+    SELECT FROM sessions AS shown
+    WHERE shown.session_id = %(session_id)s AND shown.known_from <> 'reference'
+) OR NOT EXISTS (
+    SELECT FROM deleted_sessions AS d
+    WHERE d.session_id = %(session_id)s AND d.deleted_at >= %(start_time)s
 )
 ON CONFLICT (session_id) DO UPDATE SET
     machine_id = EXCLUDED.machine_id,
@@ -273,7 +296,7 @@ SELECT
         LEFT JOIN LATERAL (
             SELECT c.session_id, c.effective_parent_id
             FROM sessions AS c
-            WHERE c.session_id = listed.session_id
+            WHERE c.session_id = listed.session_id AND c.known_from <> 'reference'
             OFFSET 0
         ) AS child ON TRUE
         LEFT JOIN LATERAL (
@@ -388,18 +411,24 @@ SET child_session_ids = child_session_ids - %(session_ids)s::text[]
 WHERE child_session_ids ?| %(session_ids)s::text[]
 """
 
-# An event dated later than the server's clock must not bring its session back either.
+# An event dated a little later than the server's clock must not bring its session back either; but
+# one with a year to go must not keep the session's future away. A mere reference leaves no trace.
 REMEMBER_DELETIONS = """
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
     s.session_id,
     GREATEST(
-        (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
-        (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id)
+        clock.now,
+        LEAST(
+            clock.now + 86400000,
+            (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id)
+        )
     )
 FROM sessions AS s
-WHERE s.session_id = ANY(%(session_ids)s::text[])
-ON CONFLICT (session_id) DO UPDATE SET deleted_at = EXCLUDED.deleted_at
+CROSS JOIN (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now) AS clock
+WHERE s.session_id = ANY(%(session_ids)s::text[]) AND s.known_from <> 'reference'
+ON CONFLICT (session_id) DO UPDATE SET
+    deleted_at = GREATEST(deleted_sessions.deleted_at, EXCLUDED.deleted_at)
 """
 
 DELETE_SESSIONS = """
@@ -491,7 +520,11 @@ VALUES (%(version)s, %(name)s, %(checksum)s)
 ON CONFLICT (version) DO UPDATE SET name = EXCLUDED.name, checksum = EXCLUDED.checksum
 """
 
-SET_LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %(lock)s, FALSE)"
+ALLOW_LONG_STATEMENTS = """
+SELECT
+    set_config('statement_timeout', '0', FALSE),
+    set_config('idle_in_transaction_session_timeout', '0', FALSE)
+"""
 
 LOCK_SCHEMA = "SELECT pg_try_advisory_lock(%(key)s)"
 
@@ -548,12 +581,13 @@ class PostgreSQLStore(BaseStore):
 
     backend: ClassVar[str] = "postgresql"
     _chunk_bytes = 16 * 2**20  # no limit of the server: what a transaction may hold in memory
-    _row_bytes = 4 * payload.MAX_PAYLOAD_BYTES
-    _row_limit_setting = "nothing"
+    _row_bytes = 4 * payload.MAX_PAYLOAD_BYTES  # nor for one row: a payload's own limit comes first
+    _row_limit_setting = "the server's memory"
 
     def __init__(self, url: str, *, prepare_threshold: int | None = 5, **options: Any) -> None:
         """Take a URL or a libpq connection string; behind PgBouncer set prepare_threshold=None."""
         super().__init__(**options)
+        check_quoting(url)
         try:
             given = conninfo_to_dict(url)
         except psycopg.ProgrammingError as error:
@@ -604,18 +638,23 @@ class PostgreSQLStore(BaseStore):
             open=True,
         )
 
-    def _connect(self) -> psycopg.Connection[Any]:
+    def _connect(self) -> ImpatientConnection:
         try:
-            return psycopg.connect(self._conninfo, **self._connection_arguments)
+            connection = ImpatientConnection.connect(self._conninfo, **self._connection_arguments)
         except psycopg.Error as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise StoreUnavailable(f"{self._place}: {reason}") from error
+            # FATAL is the server's word: it was reached, and mostly it will say the same again.
+            refused = "FATAL" in reason and not any(word in reason for word in PASSING)
+            kind = StoreRefused if refused else StoreUnavailable
+            raise kind(f"{self._place}: {reason}") from error
+        self._configure(connection)
+        return connection
 
     def _configure(self, connection: ImpatientConnection) -> None:
         connection.adapters.register_loader("jsonb", RawJson)
         timeouts = {
-            "statement": str(round(self._statement_timeout * 1000)),
-            "lock": str(round(self._lock_timeout * 1000)),
+            "statement": str(base.milliseconds(self._statement_timeout)),
+            "lock": str(base.milliseconds(self._lock_timeout)),
         }
         connection.execute(SET_TIMEOUTS, timeouts)
         # A little more than the server allows itself, so that it can speak first.
@@ -641,8 +680,8 @@ class PostgreSQLStore(BaseStore):
             return self._pool
 
     def _discard_dead(self) -> None:
-        if self._pool is not None:
-            self._pool.check()
+        if (pool := self._pool) is not None:
+            pool.check()
 
     @contextmanager
     def _connection(self, transaction: bool) -> Iterator[psycopg.Connection[Any]]:
@@ -653,9 +692,11 @@ class PostgreSQLStore(BaseStore):
                         yield connection
                 else:
                     yield connection
-            except (pg.FeatureNotSupported, pg.ReadOnlySqlTransaction):
+            except psycopg.Error as error:
                 # Its prepared statements are outdated, or it leads to a standby: and will for ever.
-                connection.close()
+                read_only = isinstance(error, pg.ReadOnlySqlTransaction)
+                if read_only or self._fault(error) is Fault.STALE:
+                    connection.close()
                 raise
 
     def _fault(self, error: Exception) -> Fault | None:
@@ -677,13 +718,13 @@ class PostgreSQLStore(BaseStore):
     def _insert_events(
         self, connection: psycopg.Connection[Any], rows: list[EventRow], undelete: bool
     ) -> int:
-        changed = self._seed(connection, base.seeds_of(rows))
+        changed = self._seed(connection, records.seeds_of(rows))
         touched = {"session_ids": list({row.event.session_id for row in rows})}
         if undelete:
-            connection.execute(UNDELETE_SESSIONS, touched)
+            self._undelete(connection, touched["session_ids"])
         elif deleted := dict(connection.execute(SELECT_DELETIONS, touched).fetchall()):
             base.drop_deleted(rows, deleted)
-        if links := base.links_of(rows):
+        if links := records.links_of(rows):
             family = {"children": list(links), "parents": list(links.values())}
             changed += connection.execute(LINK_PARENTS, family).rowcount
         with connection.cursor() as cursor:
@@ -736,6 +777,7 @@ class PostgreSQLStore(BaseStore):
         filters: Mapping[str, Any],
         newest_first: bool,
         limit: int,
+        large_later: bool = False,
     ) -> list[Any]:
         clauses = [EVENT_CLAUSES[name] for name in filters if name in EVENT_CLAUSES]
         branches = [clauses]
@@ -762,8 +804,9 @@ class PostgreSQLStore(BaseStore):
                 parameters[f"{bound}_timestamp"], parameters[f"{bound}_seq"] = filters[bound]
         direction = "DESC" if newest_first else "ASC"
         tail = f"ORDER BY timestamp {direction}, seq {direction} LIMIT %(limit)s"
+        select = SELECT_EVENTS_SMALL if large_later else SELECT_EVENTS
         queries = [
-            SELECT_EVENTS + (f"WHERE {' AND '.join(branch)} " if branch else "") + tail
+            select + (f"WHERE {' AND '.join(branch)} " if branch else "") + tail
             for branch in branches
         ]
         query = queries[0] if len(queries) == 1 else f"({') UNION ALL ('.join(queries)}) {tail}"
@@ -798,14 +841,17 @@ class PostgreSQLStore(BaseStore):
         connection: psycopg.Connection[Any],
         seeds: list[Seed],
         sessions: list[dict[str, Any]],
-    ) -> None:
+    ) -> int:
         if seeds:
             self._seed(connection, seeds)
         if len(sessions) == 1:
-            connection.execute(SAVE_SESSION, sessions[0])
-            return
+            return connection.execute(SAVE_SESSION, sessions[0]).rowcount
         with connection.cursor() as cursor:
             cursor.executemany(SAVE_SESSION, sessions)
+            return cursor.rowcount
+
+    def _undelete(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
+        connection.execute(UNDELETE_SESSIONS, {"session_ids": ids})
 
     def _select_sessions(
         self, connection: psycopg.Connection[Any], filters: Mapping[str, Any], limit: int | None
@@ -869,7 +915,7 @@ class PostgreSQLStore(BaseStore):
         connection.execute(LOCK_SESSIONS, {"session_ids": ids})
         parameters = {"session_ids": ids, "older_than": older_than}
         rows = connection.execute(RECHECK_PRUNABLE, parameters).fetchall()
-        due = base.whole_trees(rows)
+        due = trees.whole_trees(rows)
         return self._delete_locked(connection, due) if due else 0
 
     def _forget_deletions(self, connection: psycopg.Connection[Any], age: int) -> None:
@@ -909,9 +955,10 @@ class PostgreSQLStore(BaseStore):
                 if time.monotonic() > deadline:
                     raise StoreUnavailable(f"{self._place}: another process changes the schema")
                 time.sleep(0.05)
-            # An ALTER that waits stops every later writer: better to give up and come again.
-            milliseconds = str(round(self._lock_timeout * 1000))
-            connection.execute(SET_LOCK_TIMEOUT, {"lock": milliseconds})
+            # A migration may take hours; only its waiting for locks stays bounded, since an ALTER
+            # that waits stops every later writer.
+            connection.execute(ALLOW_LONG_STATEMENTS)
+            connection.patience = float("inf")
             try:
                 yield PostgreSQLSchema(connection, self._place)
             except psycopg.Error as error:
@@ -955,29 +1002,42 @@ def _read_version(connection: psycopg.Connection[Any]) -> schema.SchemaVersion |
         row = connection.execute(SELECT_VERSION).fetchone()
     except pg.UndefinedTable:
         return None
+    except pg.UndefinedColumn:
+        raise SchemaError(
+            "schema_version is a table of another program: use an empty database"
+        ) from None
     return schema.SchemaVersion(*row) if row else None
 
 
 def _place(given: Mapping[str, Any]) -> str:
-    host = given.get("host") or given.get("hostaddr") or "the local socket"
+    named = given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST")
+    host = named or "the local socket"
     port = given.get("port") or 5432
     return f"PostgreSQL at {host}:{port}, database {given.get('dbname') or given.get('user')}"
 
 
 def _tls(given: Mapping[str, Any]) -> dict[str, str]:
     """Verified TLS for a server elsewhere, unless the URL says otherwise in so many words."""
-    hosts = str(given.get("host") or given.get("hostaddr") or "").split(",")
-    if "sslmode" in given or all(is_local(host) for host in hosts):
+    named = given.get("hostaddr") or given.get("host") or os.environ.get("PGHOST") or ""
+    chosen = "sslmode" in given or "PGSSLMODE" in os.environ or "service" in given
+    if chosen or all(map(is_local, str(named).split(","))):
         return {}
-    return {"sslmode": "verify-full"} | (
-        {} if "sslrootcert" in given else {"sslrootcert": "system"}
-    )
+    if "sslrootcert" in given:
+        return {"sslmode": "verify-full"}
+    # libpq knows the word "system" from version 16 on.
+    authorities = "system" if psycopg.pq.version() >= 160000 else ssl_authorities()
+    return {"sslmode": "verify-full", "sslrootcert": authorities}
 
 
 #: What an SQLSTATE, or its class, means; whatever is missing here the server refuses.
 FAULTS = {
     "08": Fault.LOST,
-    "25P03": Fault.LOST,  # idle in transaction for too long
+    "25P03": Fault.LOST,  # idle in a transaction for too long
+    "25P04": Fault.LOST,  # a transaction for too long
+    "57P04": Fault.LOST,  # the database was dropped
+    "57P05": Fault.LOST,  # idle for too long
+    "26000": Fault.STALE,  # a prepared statement is gone
+    "42P05": Fault.STALE,  # or was there before: a pooler in between
     "57P01": Fault.LOST,  # the server shuts down
     "57P02": Fault.LOST,
     "57P03": Fault.LOST,  # it starts
@@ -991,5 +1051,8 @@ FAULTS = {
     "57014": Fault.TIMEOUT,  # statement_timeout
     "53300": Fault.TIMEOUT,  # too many connections
 }
+
+#: In the words of a refused connection: what a moment's waiting may change.
+PASSING = ("starting up", "shutting down", "recovery", "too many", "reserved", "slots")
 
 _abandoned: list[Any] = []

@@ -209,22 +209,26 @@ class PersistenceStore(Protocol):
 
     # --- Sessions ---------------------------------------------------------------------------------
 
-    def save_session(self, session: SessionMeta) -> None:
+    def save_session(self, session: SessionMeta, *, undelete: bool = False) -> bool:
         """Store a session, merging it into what is known; the session need not be new.
 
         As given: machine_id, working_directory, start_time, status, and end_time (but status active
         always clears the end: sessions re-open). Token totals as given, until the token ledger has
         rows of the session: then that decides. Every other field: a value sets, None leaves (a new
-        session starts unpinned, shown, user-initiated, without label).
-        child_session_ids are added to those known. A parent that is not stored yet is held as a
-        reference, which no listing shows until the parent itself is saved.
+        session starts unpinned, shown, user-initiated, without label). child_session_ids are added
+        to those known. A parent that is not stored yet is held as a reference, which no listing
+        shows until the parent itself is saved.
+
+        A deleted session stays deleted, and False is returned, unless it has started after its
+        deletion, or a newer event has brought it back, or `undelete` says so.
         """
         ...
 
-    def save_sessions(self, sessions: Iterable[SessionMeta]) -> None:
+    def save_sessions(self, sessions: Iterable[SessionMeta], *, undelete: bool = False) -> int:
         """Store many sessions in one transaction, as `save_session` does each, in their order.
 
-        Raises InvalidBatch, naming every bad index, with nothing stored.
+        Returns how many saves counted, those of deleted sessions left out. Raises InvalidBatch,
+        naming every bad index, with nothing stored.
         """
         ...
 

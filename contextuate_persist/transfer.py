@@ -244,11 +244,10 @@ class _Importer:
         self._bytes_done += len(text)
         try:
             line = _stripped(text) if len(text) <= MAX_LINE_BYTES else None
-            self._store.save_session(SessionMeta.from_wire(_parse_line(line)))
+            session = SessionMeta.from_wire(_parse_line(line))
+            self._sessions += self._store.save_session(session, undelete=self._undelete)
         except InvalidRecord as error:
             self.refuse(f"{name}:1", str(error))
-        else:
-            self._sessions += 1
 
     def refuse(self, place: str, reason: str) -> None:
         self._refusals.append((self._position, f"{place}: {reason[:_REASON]}"))

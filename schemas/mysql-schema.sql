@@ -203,7 +203,10 @@ SELECT
             SELECT 1 FROM sessions AS child
             WHERE child.session_id = listed.session_id AND child.effective_parent_id IS NOT NULL
         ) AND (
-            EXISTS (SELECT 1 FROM sessions AS child WHERE child.session_id = listed.session_id)
+            EXISTS (
+                SELECT 1 FROM sessions AS child
+                WHERE child.session_id = listed.session_id AND child.known_from <> 'reference'
+            )
             OR NOT EXISTS (
                 SELECT 1 FROM deleted_sessions AS d WHERE d.session_id = listed.session_id
             )
@@ -348,18 +351,39 @@ BEGIN
     SELECT COUNT(*) INTO pruned
     FROM sessions AS s JOIN sessions_to_prune AS p ON p.session_id = s.session_id
     WHERE s.known_from <> 'reference';
-    -- An event dated later than the server's clock must not bring its session back either.
+    UPDATE sessions
+    SET child_session_ids = COALESCE(
+        (
+            SELECT JSON_ARRAYAGG(listed.session_id)
+            FROM JSON_TABLE(
+                child_session_ids,
+                '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+            ) AS listed
+            WHERE listed.session_id NOT IN (SELECT p.session_id FROM sessions_to_prune AS p)
+        ),
+        JSON_ARRAY()
+    )
+    WHERE JSON_LENGTH(child_session_ids) > 0;
+    -- An event dated a little later than the server's clock must not bring its session back either;
+    -- one with a year to go must not keep its future away. A mere reference leaves no trace.
     INSERT INTO deleted_sessions (session_id, deleted_at)
     SELECT
-        p.session_id,
+        s.session_id,
         GREATEST(
-            CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED),
-            COALESCE(
-                (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = p.session_id), 0
+            clock.now,
+            LEAST(
+                clock.now + 86400000,
+                COALESCE(
+                    (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id), 0
+                )
             )
         )
     FROM sessions_to_prune AS p
-    ON DUPLICATE KEY UPDATE deleted_at = VALUES(deleted_at);
+    JOIN sessions AS s ON s.session_id = p.session_id
+    CROSS JOIN (SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now) AS clock
+    WHERE s.known_from <> 'reference'
+    ON DUPLICATE KEY UPDATE
+        deleted_at = GREATEST(deleted_sessions.deleted_at, VALUES(deleted_at));
     DELETE s FROM sessions AS s JOIN sessions_to_prune AS p ON p.session_id = s.session_id;
     COMMIT;
     DROP TEMPORARY TABLE sessions_to_prune;

@@ -292,7 +292,10 @@ SELECT
             SELECT FROM sessions AS child
             WHERE child.session_id = listed.session_id AND child.effective_parent_id IS NOT NULL
         ) AND (
-            EXISTS (SELECT FROM sessions AS child WHERE child.session_id = listed.session_id)
+            EXISTS (
+                SELECT FROM sessions AS child
+                WHERE child.session_id = listed.session_id AND child.known_from <> 'reference'
+            )
             OR NOT EXISTS (
                 SELECT FROM deleted_sessions AS d WHERE d.session_id = listed.session_id
             )
@@ -417,16 +420,23 @@ BEGIN
     UPDATE sessions SET child_session_ids = child_session_ids - doomed
     WHERE child_session_ids ?| doomed;
 
-    -- An event dated later than the server's clock must not bring its session back either.
+    -- An event dated a little later than the server's clock must not bring its session back either;
+    -- one with a year to go must not keep its future away. A mere reference leaves no trace.
     INSERT INTO deleted_sessions (session_id, deleted_at)
     SELECT
-        d.session_id,
+        s.session_id,
         GREATEST(
-            (extract(epoch FROM now()) * 1000)::bigint,
-            (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = d.session_id)
+            clock.now,
+            LEAST(
+                clock.now + 86400000,
+                (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id)
+            )
         )
-    FROM unnest(doomed) AS d (session_id)
-    ON CONFLICT (session_id) DO UPDATE SET deleted_at = EXCLUDED.deleted_at;
+    FROM sessions AS s
+    CROSS JOIN (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now) AS clock
+    WHERE s.session_id = ANY(doomed) AND s.known_from <> 'reference'
+    ON CONFLICT (session_id) DO UPDATE SET
+        deleted_at = GREATEST(deleted_sessions.deleted_at, EXCLUDED.deleted_at);
 
     WITH gone AS (
         DELETE FROM sessions WHERE session_id = ANY(doomed) RETURNING known_from

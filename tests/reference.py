@@ -95,8 +95,11 @@ class ReferenceStore:
 
     # --- Sessions ---------------------------------------------------------------------------------
 
-    def save_session(self, given: SessionMeta) -> None:
+    def save_session(self, given: SessionMeta) -> bool:
         known = self.known.get(given.session_id)
+        gone = self.deleted.get(given.session_id, 0) >= given.start_time
+        if gone and (known is None or known.source == "reference"):
+            return False
         if given.parent_session_id is not None:
             self._refer(given.parent_session_id, given.start_time)
         before = known.session if known else None
@@ -123,6 +126,7 @@ class ReferenceStore:
             ),
         )
         self.known[given.session_id] = Known(session, "session")
+        return True
 
     def update_session(self, session_id: str, fields: dict[str, Any]) -> bool:
         known = self.known.get(session_id)
@@ -145,8 +149,6 @@ class ReferenceStore:
             return False
         self._remove([session_id])
         for other in self.known.values():
-            if other.session.parent_session_id == session_id:
-                self._set(other, parent_session_id=None)
             if other.session.manual_parent_session_id == session_id:
                 self._set(other, manual_parent_session_id=None)
         return True
@@ -160,12 +162,16 @@ class ReferenceStore:
         now = round(time.time() * 1000)
         for session_id in ids:
             latest = [event.timestamp for event in self.get_events(session_id)][-1:]
-            self.deleted[session_id] = max([now, *latest])
+            if self.known[session_id].source != "reference":
+                late = max([now, *(min(t, now + 86_400_000) for t in latest)])
+                self.deleted[session_id] = max(late, self.deleted.get(session_id, 0))
             del self.known[session_id]
         self.events = [event for event in self.events if event.session_id not in ids]
         for other in self.known.values():
             listed = tuple(c for c in other.session.child_session_ids if c not in ids)
             self._set(other, child_session_ids=listed)
+            if other.session.parent_session_id in ids:
+                self._set(other, parent_session_id=None)
 
     def prune_old_sessions(self, older_than: int) -> int:
         trees = self._trees()
@@ -209,7 +215,7 @@ class ReferenceStore:
             for child in session.child_session_ids
             if (
                 self.known[child].session.effective_parent_id in (None, own)
-                if child in self.known
+                if child in self.known and self.known[child].source != "reference"
                 else child not in self.deleted
             )
         ]

@@ -15,6 +15,7 @@ import pytest
 
 from contextuate_persist import (
     ConfigurationError,
+    SchemaError,
     StoreRefused,
     StoreUnavailable,
     open_store,
@@ -67,7 +68,7 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_in_time(backend: st
 
 def test_a_wrong_password_is_said_without_the_password(database: Database) -> None:
     url = database.server.url(database.name, database.user, SECRET)
-    with pytest.raises(StoreUnavailable) as caught:
+    with pytest.raises(StoreRefused) as caught:
         make_store(url).init()
     assert database.user in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -325,6 +326,29 @@ def test_health_tells_server_driver_and_schema(store: BaseStore, backend: str) -
     assert 0 < health.latency_ms < 5_000
     assert health.pool_in_use == 1
     assert health.pool_size == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_size": 0},
+        {"pool_size": "3"},
+        {"connect_timeout": None},
+        {"lock_timeout": 0},
+        {"statement_timeout": float("inf")},
+        {"pool_timeout": -1},
+    ],
+)
+def test_senseless_options_are_refused(backend: str, options: dict[str, object]) -> None:
+    [name] = options
+    with pytest.raises(ConfigurationError, match=f"^{name}: "):
+        open_store(with_host(backend, "127.0.0.1", 1), **options)
+
+
+def test_a_table_of_another_program_is_named(empty_database: Database) -> None:
+    empty_database.execute("CREATE TABLE schema_version (installed_rank INTEGER)")
+    with pytest.raises(SchemaError, match="another program"):
+        make_store(empty_database.url).init()
 
 
 @pytest.mark.only("postgresql")

@@ -317,9 +317,9 @@ def test_iteration_over_large_payloads_takes_smaller_pages(
     pages: list[int] = []
     select = store._select_events
 
-    def spy(connection: object, filters: object, newest_first: bool, limit: int) -> list[object]:
+    def spy(connection: object, *, limit: int, **arguments: object) -> list[object]:
         pages.append(limit)
-        return select(connection, filters, newest_first, limit)
+        return select(connection, limit=limit, **arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(store, "_select_events", spy)
     assert sum(1 for _ in store.iter_events(session_id="s")) == 80
@@ -492,8 +492,13 @@ def test_what_only_the_server_refuses_is_found_by_bisection(
         ({"tool_name": 7}, "tool_name"),
         ({"before": 17}, "before"),
         ({"after": "2026"}, "after"),
+        ({"after": Cursor(T0, "\ud800")}, "after"),  # type: ignore[arg-type]
+        ({"before": Cursor(T0, 2**63)}, "before"),
+        ({"before": Cursor(7, 7)}, "before"),
+        ({"session_id": "s", "contains": 5}, "contains"),
         ({"limit": -1}, "limit"),
         ({"limit": True}, "limit"),
+        ({"limit": 10**5000}, "limit"),
         ({"session_id": "s", "contains": {"a": float("inf")}}, "data.a"),
     ],
 )
@@ -502,6 +507,39 @@ def test_a_bad_filter_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(InvalidRecord, match=f"^{field}: "):
         store.find_events(**arguments)  # type: ignore[arg-type]
+
+
+def test_what_is_no_list_is_refused(store: BaseStore) -> None:
+    with pytest.raises(InvalidRecord, match="^events: a list is needed"):
+        store.save_events(None)  # type: ignore[call-overload]
+    with pytest.raises(InvalidRecord, match="^sessions: a list is needed"):
+        store.save_sessions(5)  # type: ignore[arg-type]
+
+
+def test_messages_about_odd_ids_stay_in_one_line(store: BaseStore) -> None:
+    with pytest.raises(InvalidBatch) as caught:
+        store.save_events([event(id="a\nb\ud800" * 100), event(id=10**5000)])  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert message.isascii()
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+def test_contains_stops_looking_at_the_limit(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_events([event("s", T0 + i, data={"n": i}) for i in range(100)])
+    calls: list[int] = []
+    select = store._select_events
+
+    def spy(connection: object, **arguments: object) -> list[object]:
+        calls.append(1)
+        return select(connection, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "_select_events", spy)
+    assert len(store.find_events(session_id="s", contains={}, limit=1)) == 1
+    assert store.find_events(session_id="s", contains={}, limit=0) == []
+    assert len(calls) == 1
 
 
 def test_an_event_not_from_a_store_has_no_cursor() -> None:

@@ -10,9 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contextuate_persist import ConfigurationError, StoreUnavailable
+from contextuate_persist import (
+    ConfigurationError,
+    Cursor,
+    InvalidRecord,
+    StoreRefused,
+    StoreUnavailable,
+)
 from contextuate_persist.base import BaseStore
-from contextuate_persist.mysql_store import Pool, _execute, _require_mysql, literal
+from contextuate_persist.mysql_store import (
+    Pool,
+    _execute,
+    _plain,
+    _require_mysql,
+    _require_tls,
+    literal,
+)
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
 from tests.test_payloads import TRICKY, texts
@@ -175,3 +188,46 @@ def test_a_closed_pool_closes_what_comes_back(backend: str) -> None:
     assert not used.closed
     pool.give_back(used)
     assert used.closed
+
+
+def test_a_broken_connection_gives_its_slot_back(backend: str) -> None:
+    class Stubborn(Fake):
+        def close(self) -> None:
+            raise SystemError("of the C extension")
+
+    pool = Pool(Stubborn, size=1, timeout=0.2)
+    for _ in range(3):
+        pool.give_back(pool.take("here"), broken=True)
+    assert pool.in_use == 0
+
+
+def test_a_server_that_restarts_is_waited_for(backend: str) -> None:
+    tries: list[int] = []
+
+    def connect() -> Fake:
+        tries.append(1)
+        if len(tries) < 3:
+            raise StoreUnavailable("not yet")
+        return Fake()
+
+    assert isinstance(Pool(connect, size=1, timeout=5).take("here"), Fake)
+    assert len(tries) == 3
+
+
+@pytest.mark.parametrize("value", [object(), 1.5, 2**63, [1], Cursor(1, 2)])
+def test_odd_parameters_never_reach_the_driver(value: object, backend: str) -> None:
+    with pytest.raises(InvalidRecord):
+        _plain(value)
+    with pytest.raises(UnicodeEncodeError):
+        _plain("\ud800")
+    assert _plain(True) == 1
+    assert type(_plain(True)) is int
+
+
+def test_a_server_without_tls_is_refused_where_the_url_requires_it(
+    database: Database, backend: str
+) -> None:
+    with make_store(database.url + "?ssl-mode=REQUIRED") as store:
+        assert store.health().backend == "mysql"
+    with pytest.raises(StoreRefused, match="offers no TLS"):
+        _require_tls("", "place")

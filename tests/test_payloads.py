@@ -217,6 +217,35 @@ def test_what_json_does_not_have_is_refused_with_its_place(value: Any, message: 
     assert str(caught.value) == message
 
 
+def test_a_payload_that_holds_itself_twice_is_refused_soon() -> None:
+    cycle: dict[str, Any] = {}
+    cycle["a"] = cycle["b"] = cycle
+    with pytest.raises(InvalidRecord, match="^data: more values than a payload may have"):
+        payload.encode(cycle)
+
+
+def test_deep_payloads_are_searched(store: BaseStore) -> None:
+    one = event(data=nested(payload.MAX_DEPTH, "needle"))
+    store.save_event(one)
+    assert store.find_events(session_id="s", contains=one.data) == [one]
+    other = nested(payload.MAX_DEPTH, "hay")
+    assert store.find_events(session_id="s", contains=other) == []
+
+
+def test_iteration_keeps_large_payloads_out_of_its_pages(store: BaseStore) -> None:
+    small = [event("s", T0 + i) for i in range(200)]
+    large = [event("s", T0 + 500 + i, data={"x": "y" * 1_500_000}) for i in range(5)]
+    odd = [event("s", T0 + 600 + i, data={"x": "\0" * 10}) for i in range(5)]
+    store.save_events([*small, *large, *odd])
+    assert list(store.iter_events(session_id="s")) == [*small, *large, *odd]
+    filters = {"session_id": "s"}
+    rows = store._run(
+        lambda connection: store._select_events(connection, filters, True, 20, large_later=True)
+    )
+    assert max(len(row[10] or b"") for row in rows) <= 65_536
+    assert [row[11] is not None for row in rows[:10]] == [True] * 10
+
+
 def test_too_deep_and_cyclic_payloads_are_refused() -> None:
     with pytest.raises(InvalidRecord, match="^data: nested more than 512 deep"):
         payload.encode(nested(payload.MAX_DEPTH + 1))

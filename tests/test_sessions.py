@@ -541,11 +541,52 @@ def test_a_newer_event_brings_a_deleted_session_back_but_not_its_past(store: Bas
 
 
 def test_a_deleted_event_of_the_future_does_not_bring_its_session_back(store: BaseStore) -> None:
-    ahead = event("s", round(time.time() * 1000) + 30 * DAY)
-    store.save_event(ahead)
+    """As far as a clock may be wrong, a day; beyond that it would keep its session's future away."""
+    now = round(time.time() * 1000)
+    ahead, far_ahead = event("s", now + DAY // 2), event("t", now + 3_000 * DAY)
+    store.save_events([ahead, far_ahead])
     store.delete_session("s")
+    store.delete_session("t")
     assert store.save_event(ahead) is False
     assert store.get_session("s") is None
+    assert store.save_event(event("t", now + 2 * DAY)) is True
+
+
+def test_a_parent_that_was_only_named_leaves_no_deletion(store: BaseStore) -> None:
+    store.save_event(event("c", T0, parent_session_id="p"))
+    assert store.prune_old_sessions(T0 + 10) == 1
+    assert store.save_event(event("p", T0 + 1)) is True
+    assert store.save_event(event("c", T0 + 1)) is False
+
+
+def test_exact_texts_survive_what_earlier_events_tell(store: BaseStore) -> None:
+    store.save_event(event("s", T0 + 10, working_directory="/a\0"))
+    store.update_session("s", label="a\0b", transcript_path="/x\udcff")
+    store.save_event(event("s", T0 + 5, working_directory="/plain"))
+    got = get(store, "s")
+    assert (got.label, got.transcript_path) == ("a\0b", "/x\udcff")
+    assert got.working_directory == "/plain"
+    store.save_event(event("s", T0, working_directory="/b\0"))
+    got = get(store, "s")
+    assert (got.label, got.working_directory) == ("a\0b", "/b\0")
+
+
+def test_a_deleted_child_that_somebody_names_again_stays_off_the_lists(store: BaseStore) -> None:
+    store.save_sessions([session("p", child_session_ids=("c",)), session("c")])
+    store.delete_session("c")
+    store.save_session(session("p", child_session_ids=("c",)))
+    store.save_event(event("grandchild", parent_session_id="c"))
+    assert get(store, "p").child_session_ids == ()
+    assert store.save_session(session("c"), undelete=True) is True
+    assert get(store, "p").child_session_ids == ("c",)
+
+
+def test_thousands_of_listed_children_are_merged_in_time(store: BaseStore) -> None:
+    children = tuple(f"child-{i:05}" for i in range(4_000))
+    store.save_session(session("p", child_session_ids=children[:2_000]))
+    store.save_session(session("p", child_session_ids=children))
+    store.save_session(session("p", child_session_ids=children))
+    assert get(store, "p").child_session_ids == children
 
 
 def test_undelete_stores_events_of_deleted_sessions(store: BaseStore) -> None:
@@ -557,12 +598,40 @@ def test_undelete_stores_events_of_deleted_sessions(store: BaseStore) -> None:
     assert store.get_events("s") == old
 
 
-def test_a_saved_session_is_there_again_after_its_deletion(store: BaseStore) -> None:
+def test_a_late_save_does_not_bring_a_deleted_session_back(store: BaseStore) -> None:
+    assert store.save_session(session("s", parent_session_id="p")) is True
+    assert store.save_session(session("s", parent_session_id="p")) is True
+    store.delete_session("s")
+    assert store.save_session(session("s", label="late")) is False
+    assert store.save_sessions([session("s"), session("t"), session("s")]) == 1
+    assert store.save_sessions([session("c", parent_session_id="s")]) == 1  # only names it
+    assert store.save_session(session("s", parent_session_id="p")) is False
+    assert {s.session_id for s in store.get_sessions()} == {"t", "c"}
+
+
+def test_undelete_stores_a_deleted_session_and_its_events(store: BaseStore) -> None:
+    old = event("s", T0 + 1)
+    store.save_event(old)
+    store.delete_session("s")
+    assert store.save_session(session("s", label="again"), undelete=True) is True
+    assert get(store, "s").label == "again"
+    assert store.save_event(old) is True
+
+
+def test_a_session_that_started_after_its_deletion_is_a_new_one(store: BaseStore) -> None:
     store.save_session(session())
     store.delete_session("s")
-    store.save_session(session(label="again"))
-    assert get(store, "s").label == "again"
+    now = round(time.time() * 1000) + DAY
+    assert store.save_session(session(start_time=now)) is True
     assert store.save_event(event("s", T0)) is False
+
+
+def test_after_a_newer_event_a_deleted_session_can_be_saved_again(store: BaseStore) -> None:
+    store.save_session(session())
+    store.delete_session("s")
+    assert store.save_event(event("s", round(time.time() * 1000) + DAY)) is True
+    assert store.save_session(session(label="back")) is True
+    assert get(store, "s").label == "back"
 
 
 def test_deleting_all_leaves_nothing_and_counts_sessions(store: BaseStore) -> None:

@@ -117,14 +117,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(session=sessions)
     def save_session(self, session: SessionMeta) -> None:
-        self.store.save_session(session)
-        self.model.save_session(session)
+        assert self.store.save_session(session) == self.model.save_session(session)
 
     @rule(batch=st.lists(sessions, max_size=4))
     def save_sessions(self, batch: list[SessionMeta]) -> None:
-        self.store.save_sessions(batch)
-        for session in batch:
-            self.model.save_session(session)
+        assert self.store.save_sessions(batch) == sum(map(self.model.save_session, batch))
 
     @rule(name=names, fields=updates)
     def update_session(self, name: str, fields: dict[str, Any]) -> None:

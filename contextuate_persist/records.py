@@ -1,0 +1,279 @@
+"""Events and sessions on their way to and from rows: validated, encoded, packed, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from contextuate_persist import model, payload
+from contextuate_persist.errors import InvalidRecord
+from contextuate_persist.model import MonitorEvent, SessionMeta, SessionStatus, TokenUsage
+
+# --- Events ---------------------------------------------------------------------------------------
+
+
+class EventRow(NamedTuple):
+    """An event, validated and encoded."""
+
+    position: int  # in the caller's batch
+    event: MonitorEvent
+    id: str
+    working_directory: str
+    tool_name: str | None
+    tool_use_id: str | None
+    data: bytes
+    exact: bytes | None
+
+    @property
+    def size(self) -> int:
+        """Bytes that the row adds to a statement, roughly."""
+        return len(self.data) + len(self.exact or b"") + 4 * len(self.working_directory) + 600
+
+
+class Seed(NamedTuple):
+    """What events tell about a session, or about the parent that one names."""
+
+    session_id: str
+    machine_id: str
+    working_directory: str
+    start_time: int
+    known_from: str
+    exact: str | None
+
+
+def event_row(event: MonitorEvent, position: int = 0) -> EventRow:
+    """Validate and encode an event; raises InvalidRecord."""
+    model.check_event(event)
+    encoded = payload.encode(event.data, event.working_directory)
+    return EventRow(
+        position=position,
+        event=event,
+        id=model.canonical_event_id(event.id),
+        working_directory=payload.column_text(event.working_directory),
+        tool_name=search_key(event.data.get("toolName")),
+        tool_use_id=search_key(event.data.get("toolUseId")),
+        data=encoded.json,
+        exact=encoded.exact,
+    )
+
+
+def search_key(value: object) -> str | None:
+    return payload.column_text(value[:255]) if isinstance(value, str) else None
+
+
+#: The order in which the stores select an event's columns.
+EVENT_FIELDS = (
+    "id",
+    "seq",
+    "timestamp",
+    "session_id",
+    "parent_session_id",
+    "machine_id",
+    "working_directory",
+    "event_type",
+    "hook_type",
+    "data",
+    "exact",
+)
+
+
+def event_from_row(row: Sequence[Any]) -> MonitorEvent:
+    """The event in a row of EVENT_FIELDS."""
+    data, working_directory = payload.decode(row[9], row[10], row[6])
+    return MonitorEvent(
+        id=row[0],
+        seq=row[1],
+        timestamp=row[2],
+        session_id=row[3],
+        parent_session_id=row[4],
+        machine_id=row[5],
+        working_directory=working_directory,
+        event_type=row[7],
+        hook_type=row[8],
+        data=data,
+    )
+
+
+def seeds_of(rows: Iterable[EventRow]) -> list[Seed]:
+    """One seed for each session that events touch, and for each parent, sorted by id.
+
+    Sorted, since every writer must lock sessions in the same order.
+    """
+    earliest: dict[str, EventRow] = {}
+    children: dict[str, EventRow] = {}
+    for row in rows:
+        event = row.event
+        for ids, session_id in ((earliest, event.session_id), (children, event.parent_session_id)):
+            if session_id is not None:
+                known = ids.get(session_id)
+                if known is None or event.timestamp < known.event.timestamp:
+                    ids[session_id] = row
+    return [
+        _seed(session_id, earliest.get(session_id), children.get(session_id))
+        for session_id in sorted(earliest.keys() | children.keys())
+    ]
+
+
+def _seed(session_id: str, own: EventRow | None, childs: EventRow | None) -> Seed:
+    row = own or childs
+    assert row is not None  # noqa: S101  (one of the two named the session)
+    texts = {"working_directory": row.event.working_directory}
+    return Seed(
+        session_id=session_id,
+        machine_id=row.event.machine_id,
+        working_directory=row.working_directory,
+        start_time=row.event.timestamp,
+        known_from="event" if own else "reference",
+        exact=_packed_texts(texts),
+    )
+
+
+def links_of(rows: Iterable[EventRow]) -> dict[str, str]:
+    """Parents as events tell them, by child; the first one counts."""
+    links: dict[str, str] = {}
+    for row in rows:
+        if row.event.parent_session_id is not None:
+            links.setdefault(row.event.session_id, row.event.parent_session_id)
+    return links
+
+
+# --- Sessions as parameters and rows --------------------------------------------------------------
+
+_SESSION_TEXTS = ("working_directory", "label", "agent_type", "model", "transcript_path")
+_FLAG_DEFAULTS = {"is_user_initiated": True, "is_pinned": False, "hidden": False}
+
+
+def _packed_texts(texts: Mapping[str, str | None]) -> str | None:
+    packed = {
+        name: payload.pack_text(text)
+        for name, text in texts.items()
+        if text is not None and not payload.fits_text(text)
+    }
+    return orjson.dumps(packed).decode() if packed else None
+
+
+def _exact_patch(texts: Mapping[str, str | None]) -> str:
+    """A merge patch for `sessions.exact`: the given texts that need it, null for the others."""
+    patch = {
+        name: None if text is None or payload.fits_text(text) else payload.pack_text(text)
+        for name, text in texts.items()
+    }
+    return orjson.dumps(patch).decode()
+
+
+def session_parameters(session: SessionMeta) -> dict[str, Any]:
+    """The values of a save, by column; `exact` is a merge patch over the texts that were given."""
+    usage = session.token_usage
+    texts = {name: getattr(session, name) for name in _SESSION_TEXTS}
+    given = {name: text for name, text in texts.items() if text is not None}
+    return {
+        "session_id": session.session_id,
+        "machine_id": session.machine_id,
+        "start_time": session.start_time,
+        "end_time": session.end_time,
+        "status": SessionStatus(session.status).value,
+        "parent_session_id": session.parent_session_id,
+        "manual_parent_session_id": session.manual_parent_session_id,
+        "child_session_ids": json_list(session.child_session_ids),
+        "is_user_initiated": session.is_user_initiated,
+        "is_pinned": session.is_pinned,
+        "hidden": session.hidden,
+        "token_usage_input": usage.total_input,
+        "token_usage_output": usage.total_output,
+        "token_usage_cache_read": usage.total_cache_read,
+        "token_usage_cache_creation": usage.total_cache_creation,
+        **{
+            name: None if text is None else payload.column_text(text)
+            for name, text in texts.items()
+        },
+        "exact": _exact_patch(given),
+    }
+
+
+def update_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an update, by column, checked; `exact` is there if a text is."""
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name == "session_id" or name not in model.SESSION_CHECKS:
+            raise InvalidRecord(f"{model.shown(name)[1:-1]}: no field that update_session can set")
+        if value is None and name in _FLAG_DEFAULTS:
+            values[name] = _FLAG_DEFAULTS[name]
+            continue
+        model.SESSION_CHECKS[name](name, value)
+        if name == "token_usage":
+            values["token_usage_input"] = value.total_input
+            values["token_usage_output"] = value.total_output
+            values["token_usage_cache_read"] = value.total_cache_read
+            values["token_usage_cache_creation"] = value.total_cache_creation
+        elif name == "child_session_ids":
+            values[name] = json_list(value)
+        elif name == "status":
+            values[name] = SessionStatus(value).value
+        elif name in _SESSION_TEXTS and value is not None:
+            values[name] = payload.column_text(value)
+        else:
+            values[name] = value
+    texts = {name: fields[name] for name in _SESSION_TEXTS if name in fields}
+    if texts:
+        values["exact"] = _exact_patch(texts)
+    return values
+
+
+def json_list(ids: Iterable[str]) -> str:
+    return orjson.dumps(list(dict.fromkeys(ids))).decode()
+
+
+#: The order in which the stores select a session's columns; the last two are computed: the sessions
+#: whose effective parent it is, as [start_time, id] pairs, and the listed ids that are not its own.
+SESSION_FIELDS = (
+    "session_id",
+    "machine_id",
+    "working_directory",
+    "start_time",
+    "end_time",
+    "status",
+    "parent_session_id",
+    "manual_parent_session_id",
+    "child_session_ids",
+    "agent_type",
+    "model",
+    "transcript_path",
+    "is_user_initiated",
+    "is_pinned",
+    "hidden",
+    "label",
+    "token_usage_input",
+    "token_usage_output",
+    "token_usage_cache_read",
+    "token_usage_cache_creation",
+    "exact",
+    "linked_children",
+    "strangers",
+)
+
+
+def session_from_row(row: Sequence[Any]) -> SessionMeta:
+    """The session in a row of SESSION_FIELDS."""
+    values = dict(zip(SESSION_FIELDS, row, strict=True))
+    linked = [child for _, child in sorted(_json(values.pop("linked_children")))]
+    strangers = set(_json(values.pop("strangers")))
+    listed = [child for child in _json(values["child_session_ids"]) if child not in strangers]
+    values["child_session_ids"] = tuple(dict.fromkeys(listed + linked))
+    values["status"] = SessionStatus(values["status"])
+    values["token_usage"] = TokenUsage(
+        total_input=values.pop("token_usage_input"),
+        total_output=values.pop("token_usage_output"),
+        total_cache_read=values.pop("token_usage_cache_read"),
+        total_cache_creation=values.pop("token_usage_cache_creation"),
+    )
+    for flag in _FLAG_DEFAULTS:
+        values[flag] = bool(values[flag])
+    if exact := values.pop("exact"):
+        values |= {name: payload.unpack_text(text) for name, text in orjson.loads(exact).items()}
+    return SessionMeta(**values)
+
+
+def _json(value: Any) -> Any:
+    return orjson.loads(value) if value else []
