@@ -465,26 +465,49 @@ class BaseStore(ABC):
         return self._save_sessions(sessions, undelete) if sessions else 0
 
     def _save_sessions(self, sessions: list[SessionMeta], undelete: bool) -> int:
-        parameters = [records.session_parameters(session) for session in sessions]
-        seeds = self._reference_seeds(sessions)
+        several = len(self._named(sessions)) > 1
 
         def save(connection: Any) -> int:
+            wanted = sessions
             if undelete:
                 self._undelete(connection, [session.session_id for session in sessions])
-            return self._upsert_sessions(connection, seeds, parameters)
+            elif several:  # a late save leaves nothing, not even a reference
+                wanted = self._without_deleted(connection, sessions)
+            seeds = self._reference_seeds(wanted)
+            parameters = [records.session_parameters(session) for session in wanted]
+            return self._upsert_sessions(connection, seeds, parameters) if wanted else 0
 
         # One row without a parent locks nothing else: it needs no order and no transaction.
-        return self._run(save, transaction=undelete or bool(seeds))
+        return self._run(save, transaction=undelete or several)
+
+    def _without_deleted(self, connection: Any, sessions: list[SessionMeta]) -> list[SessionMeta]:
+        deleted = self._select_deletions(connection, [s.session_id for s in sessions])
+        if not deleted:
+            return sessions
+        shown = set(self._select_shown(connection, list(deleted)))
+        kept: list[SessionMeta] = []
+        for session in sessions:
+            session_id = session.session_id
+            if session_id in shown or session.start_time > deleted.get(session_id, 0):
+                shown.add(session_id)
+                kept.append(session)
+        return kept
 
     @staticmethod
-    def _reference_seeds(sessions: list[SessionMeta]) -> list[Seed]:
-        """What to lock first, sorted: the sessions and their parents, if there are several."""
+    def _named(sessions: list[SessionMeta]) -> dict[str, SessionMeta]:
+        """The sessions and their parents, each with the session that first names it."""
         named: dict[str, SessionMeta] = {}
         for session in sessions:
             named.setdefault(session.session_id, session)
             if session.parent_session_id is not None:
                 named.setdefault(session.parent_session_id, session)
-        if len(named) == 1:
+        return named
+
+    @classmethod
+    def _reference_seeds(cls, sessions: list[SessionMeta]) -> list[Seed]:
+        """What to lock first, sorted: the sessions and their parents, if there are several."""
+        named = cls._named(sessions)
+        if len(named) <= 1:
             return []
         return [
             Seed(
@@ -745,6 +768,14 @@ class BaseStore(ABC):
         self, connection: Any, seeds: list[Seed], sessions: list[dict[str, Any]]
     ) -> int:
         """Lock what the seeds name, in their order, then merge the sessions; how many counted."""
+
+    @abstractmethod
+    def _select_deletions(self, connection: Any, ids: list[str]) -> dict[str, int]:
+        """When those of the sessions were deleted that were, by id."""
+
+    @abstractmethod
+    def _select_shown(self, connection: Any, ids: list[str]) -> list[str]:
+        """Those of the ids whose sessions are there and no mere references."""
 
     @abstractmethod
     def _undelete(self, connection: Any, ids: list[str]) -> None:

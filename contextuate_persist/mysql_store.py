@@ -314,8 +314,11 @@ FROM sessions AS s
 
 SELECT_SHOWN = """
 SELECT s.session_id
-FROM sessions AS s
-WHERE s.session_id = %(session_id)s AND s.known_from <> 'reference'
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN sessions AS s ON s.session_id = asked.session_id
+WHERE s.known_from <> 'reference'
 """
 
 SESSION_CLAUSES = {
@@ -737,9 +740,7 @@ class MySQLStore(BaseStore):
         touched = list({row.event.session_id for row in rows})
         if undelete:
             self._undelete(connection, touched)
-        elif deleted := dict(
-            _execute(connection, SELECT_DELETIONS, {"session_ids": records.json_list(touched)})
-        ):
+        elif deleted := self._select_deletions(connection, touched):
             base.drop_deleted(rows, deleted)
         for child, parent in records.links_of(rows).items():
             link = {"child_id": child, "parent_id": parent}
@@ -793,12 +794,16 @@ class MySQLStore(BaseStore):
         return sum(
             # A row that has these values already does not count as written.
             _execute_write(connection, SAVE_SESSION, session) > 0
-            or self._is_shown(connection, session["session_id"])
+            or bool(self._select_shown(connection, [session["session_id"]]))
             for session in sessions
         )
 
-    def _is_shown(self, connection: Any, session_id: str) -> bool:
-        return bool(_execute(connection, SELECT_SHOWN, {"session_id": session_id}))
+    def _select_deletions(self, connection: Any, ids: list[str]) -> dict[str, int]:
+        return dict(_execute(connection, SELECT_DELETIONS, {"session_ids": records.json_list(ids)}))
+
+    def _select_shown(self, connection: Any, ids: list[str]) -> list[str]:
+        asked = {"session_ids": records.json_list(ids)}
+        return [row[0] for row in _execute(connection, SELECT_SHOWN, asked)]
 
     def _undelete(self, connection: Any, ids: list[str]) -> None:
         _send(connection, UNDELETE_SESSIONS, {"session_ids": ids})
@@ -833,7 +838,7 @@ class MySQLStore(BaseStore):
             if _execute_write(connection, update, parameters):
                 return True
         # A row that has these values already does not count as updated.
-        return self._is_shown(connection, session_id)
+        return bool(self._select_shown(connection, [session_id]))
 
     def _delete_session(self, connection: Any, session_id: str) -> bool:
         own = {"session_id": session_id}

@@ -311,6 +311,12 @@ SELECT
 FROM sessions AS s
 """
 
+SELECT_SHOWN = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE s.session_id = ANY(%(session_ids)s::text[]) AND s.known_from <> 'reference'
+"""
+
 SESSION_CLAUSES = {
     "session_id": "s.session_id = %(session_id)s",
     "status": "s.status = %(status)s::session_status",
@@ -421,7 +427,9 @@ SELECT
         clock.now,
         LEAST(
             clock.now + 86400000,
-            (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id)
+            COALESCE(
+                (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id), 0
+            )
         )
     )
 FROM sessions AS s
@@ -722,7 +730,7 @@ class PostgreSQLStore(BaseStore):
         touched = {"session_ids": list({row.event.session_id for row in rows})}
         if undelete:
             self._undelete(connection, touched["session_ids"])
-        elif deleted := dict(connection.execute(SELECT_DELETIONS, touched).fetchall()):
+        elif deleted := self._select_deletions(connection, touched["session_ids"]):
             base.drop_deleted(rows, deleted)
         if links := records.links_of(rows):
             family = {"children": list(links), "parents": list(links.values())}
@@ -849,6 +857,14 @@ class PostgreSQLStore(BaseStore):
         with connection.cursor() as cursor:
             cursor.executemany(SAVE_SESSION, sessions)
             return cursor.rowcount
+
+    def _select_deletions(
+        self, connection: psycopg.Connection[Any], ids: list[str]
+    ) -> dict[str, int]:
+        return dict(connection.execute(SELECT_DELETIONS, {"session_ids": ids}).fetchall())
+
+    def _select_shown(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[str]:
+        return [row[0] for row in connection.execute(SELECT_SHOWN, {"session_ids": ids})]
 
     def _undelete(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
         connection.execute(UNDELETE_SESSIONS, {"session_ids": ids})

@@ -429,7 +429,9 @@ BEGIN
             clock.now,
             LEAST(
                 clock.now + 86400000,
-                (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id)
+                COALESCE(
+                    (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id), 0
+                )
             )
         )
     FROM sessions AS s

@@ -40,12 +40,14 @@ class ReferenceStore:
 
     def save_events(self, events: list[MonitorEvent]) -> int:
         stored = {event.id for event in self.events}
-        new: dict[str, MonitorEvent] = {}
+        first: dict[str, MonitorEvent] = {}
         for event in events:
-            late = event.timestamp <= self.deleted.get(event.session_id, 0)
-            if event.id not in stored and event.id not in new and not late:
-                new[event.id] = event
-        batch = list(new.values())
+            first.setdefault(event.id, event)
+        batch = [
+            event
+            for event in first.values()
+            if event.id not in stored and event.timestamp > self.deleted.get(event.session_id, 0)
+        ]
         for session_id in dict.fromkeys(event.session_id for event in batch):
             own = [event for event in batch if event.session_id == session_id]
             self._learn(session_id, min(own, key=lambda event: event.timestamp))

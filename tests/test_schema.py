@@ -936,10 +936,11 @@ def _path(value: Any) -> list[str]:
 
 def link(store: BaseStore, parents: dict[str, str | None], **fields: Any) -> None:
     """Sessions with these parents, given by hand, so that any shape can be made."""
-    store.save_sessions(
+    sessions = [
         session(name, start_time=T0 + number, manual_parent_session_id=parent, **fields)
         for number, (name, parent) in enumerate(parents.items())
-    )
+    ]
+    store.save_sessions(sessions, undelete=True)
 
 
 SHAPES: dict[str, dict[str, str | None]] = {

@@ -541,7 +541,7 @@ def test_a_newer_event_brings_a_deleted_session_back_but_not_its_past(store: Bas
 
 
 def test_a_deleted_event_of_the_future_does_not_bring_its_session_back(store: BaseStore) -> None:
-    """As far as a clock may be wrong, a day; beyond that it would keep its session's future away."""
+    """As far as a clock may be wrong, a day; beyond that its session's future would be lost."""
     now = round(time.time() * 1000)
     ahead, far_ahead = event("s", now + DAY // 2), event("t", now + 3_000 * DAY)
     store.save_events([ahead, far_ahead])
