@@ -633,7 +633,6 @@ class MySQLStore(BaseStore):
             self._arguments["read_timeout"] = round(self._statement_timeout) + 5
         self._chunk_bytes = self._row_bytes = 0  # the server's packet limit says
         self._pool: Pool | None = None
-        self._schema: schema.SchemaVersion | None = None
 
     def __repr__(self) -> str:
         return f"<MySQLStore {self._place}>"
@@ -643,7 +642,7 @@ class MySQLStore(BaseStore):
     def _open(self) -> None:
         connection = self._connect()
         try:
-            self._schema = schema.require_version(_read_version(connection), self._place)
+            schema.require_version(_read_version(connection), self._place)
             packet = _execute(connection, SELECT_SERVER)[0][1]
         finally:
             _close_quietly(connection)

@@ -619,7 +619,6 @@ class PostgreSQLStore(BaseStore):
         self._pool: psycopg_pool.ConnectionPool[ImpatientConnection] | None = None
         self._event_types: frozenset[str] = frozenset()
         self._hook_types: frozenset[str] = frozenset()
-        self._schema: schema.SchemaVersion | None = None
 
     def __repr__(self) -> str:
         return f"<PostgreSQLStore {self._place}>"
@@ -629,7 +628,7 @@ class PostgreSQLStore(BaseStore):
     def _open(self) -> None:
         # Connect once beside the pool: the pool only ever says that its time is up, not why.
         with self._connect() as connection:
-            self._schema = schema.require_version(_read_version(connection), self._place)
+            schema.require_version(_read_version(connection), self._place)
             self._read_types(connection)
         self._open_pool()
 
