@@ -617,6 +617,7 @@ class PostgreSQLStore(BaseStore):
         }
         self._place = _place(given)
         self._pool: psycopg_pool.ConnectionPool[ImpatientConnection] | None = None
+        self._in_use: set[psycopg.Connection[Any]] = set()
         self._event_types: frozenset[str] = frozenset()
         self._hook_types: frozenset[str] = frozenset()
 
@@ -676,6 +677,7 @@ class PostgreSQLStore(BaseStore):
         # Kept alive: were the pool collected, it would say goodbye on the parent's sockets.
         _abandoned.append(self._pool)
         self._pool = None
+        self._in_use = set()
 
     def _living_pool(self) -> psycopg_pool.ConnectionPool[ImpatientConnection]:
         """The pool; a forked child makes its own when it first needs one."""
@@ -693,6 +695,7 @@ class PostgreSQLStore(BaseStore):
     @contextmanager
     def _connection(self, transaction: bool) -> Iterator[psycopg.Connection[Any]]:
         with self._living_pool().connection() as connection:
+            self._in_use.add(connection)
             try:
                 if transaction:
                     with connection.transaction():
@@ -705,6 +708,8 @@ class PostgreSQLStore(BaseStore):
                 if read_only or self._fault(error) is Fault.STALE:
                     connection.close()
                 raise
+            finally:
+                self._in_use.discard(connection)
 
     def _fault(self, error: Exception) -> Fault | None:
         if isinstance(error, psycopg_pool.PoolTimeout | psycopg_pool.TooManyRequests | NoAnswer):
@@ -943,7 +948,6 @@ class PostgreSQLStore(BaseStore):
         version = _read_version(connection)
         latency = time.perf_counter() - start
         found = schema.require_version(version, self._place)
-        pool = self._living_pool().get_stats()
         return Health(
             backend=self.backend,
             server_version=connection.info.parameter_status("server_version") or "unknown",
@@ -952,8 +956,8 @@ class PostgreSQLStore(BaseStore):
             schema_version=found.version,
             schema_layout=found.layout,
             latency_ms=round(latency * 1000, 3),
-            pool_size=pool["pool_max"],
-            pool_in_use=pool["pool_size"] - pool["pool_available"],
+            pool_size=self._pool_size,
+            pool_in_use=len(self._in_use),  # the pool also counts connections that it still makes
         )
 
     def _run_statements(self, connection: psycopg.Connection[Any], statements: list[str]) -> None:

@@ -42,7 +42,8 @@ CATALOGUE = {
         FROM pg_trigger AS g JOIN pg_class AS c ON c.oid = g.tgrelid
         WHERE NOT tgisinternal AND c.relnamespace = 'public'::regnamespace
         UNION ALL
-        SELECT 'storage', attrelid::regclass::text, attname, attcompression::text, attstorage::text,
+        SELECT 'storage', attrelid::regclass::text, attname, to_jsonb(a) ->> 'attcompression',
+            attstorage::text,
             '', '', '', '', ''
         FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
         WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0
@@ -363,7 +364,8 @@ def test_pending_migrations_are_applied_in_order_and_recorded(
     assert [v[0] for v in versions(empty_database)] == [1, 2, 3]
     assert empty_database.execute("SELECT id FROM notes") == [(1,)]
     assert empty_database.owner().upgrade_schema() == []
-    make_store(empty_database.url).init()
+    with make_store(empty_database.url) as store:
+        assert store.health().schema_version == 3
 
     (files / "0002_add_notes.sql").write_text("-- transactional: yes\nSELECT 1;")
     with pytest.raises(SchemaError, match="migration 0002 was applied from another file"):

@@ -207,8 +207,8 @@ def postgresql_plan(connection: Any, statement: str, parameters: Any, generic: b
     return plan
 
 
-# What MySQL names beside tables: results of its own, and the rows of a JSON array.
-DERIVED = re.compile(r"<.*>|listed|given|touched|doomed|locked|subtree|k|l|links|state|kept")
+# What MySQL names beside tables: results of its own. The rows of a JSON array it marks itself.
+DERIVED = re.compile(r"<.*>|subtree|k|l|links|state|kept|clock")
 # The tables by the names that the statements give them, for MySQL's index names.
 TABLES = {
     "e": "events",
@@ -227,7 +227,7 @@ def mysql_plan(statement: str, rows: list[Any]) -> Plan:
     plan = Plan(statement, "\n".join(str(line) for line in lines))
     for line in lines:
         alias, access, key, extra = line[2], line[4], line[6], line[11] or ""
-        if alias is None or DERIVED.fullmatch(alias):
+        if alias is None or DERIVED.fullmatch(alias) or "Table function" in extra:
             continue
         for one in filter(None, (key or "").split(",")):
             plan.indexes.add(f"{TABLES.get(alias, alias)}.{one}" if one == "PRIMARY" else one)
@@ -598,7 +598,8 @@ def family(store: BaseStore) -> None:
             session("doomed", parent_session_id="above", child_session_ids=("below",)),
             session("below", parent_session_id="doomed"),
             session("above", child_session_ids=("doomed",)),
-        ]
+        ],
+        undelete=True,
     )
     store.save_events(event("doomed", T0 + i) for i in range(20))
 
