@@ -655,7 +655,11 @@ class PostgreSQLStore(BaseStore):
             refused = "FATAL" in reason and not any(word in reason for word in PASSING)
             kind = StoreRefused if refused else StoreUnavailable
             raise kind(f"{self._place}: {reason}") from error
-        self._configure(connection)
+        try:
+            self._configure(connection)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _configure(self, connection: ImpatientConnection) -> None:

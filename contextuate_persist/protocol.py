@@ -93,7 +93,9 @@ class PersistenceStore(Protocol):
 
         Ignored is an id that is stored already, whatever comes with it (events are immutable, the
         first stays), and an event not newer than the deletion of its session. An unknown session is
-        created from what the event tells (and shown until a `save_session` says more).
+        created from what its events tell, the earliest of them counting, and shown. Once a
+        `save_session` has told about it, events change it no more: a parent that only they name
+        is then for the caller to save.
         """
         ...
 
