@@ -14,6 +14,7 @@ import importlib
 import os
 import pwd
 import re
+import secrets
 import shutil
 import signal
 import stat
@@ -488,8 +489,11 @@ class EmbeddedPostgreSQL:
 
     def _initialise(self, account: Account) -> None:
         """Make the data directory under another name first: a kill leaves nothing half-made."""
-        new = self.directory / "data.new"
-        shutil.rmtree(new, ignore_errors=True)
+        for left in self.directory.glob("data.new-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        # A name of its own: the initdb of a starter that was killed may still run, and removes its
+        # directory when it fails.
+        new = self.directory / f"data.new-{secrets.token_hex(4)}"
         account.make_private(new)
         # `trust` is safe because only the account and root get past the socket's 0700 directory,
         # and there is no TCP. A password would have to lie beside the data for every process.

@@ -375,6 +375,9 @@ def test_a_call_cancelled_before_its_turn_is_never_done(database: Database) -> N
                 second = asyncio.create_task(store.save_event(event("never")))
                 await asyncio.sleep(0.05)
                 second.cancel()
+                # It must be gone before the lock is, or its turn may come first.
+                with pytest.raises(asyncio.CancelledError):
+                    await second
             await first
             assert await store.get_events("never") == []
 
