@@ -1,6 +1,6 @@
 # Each target makes what it needs, .venv included; see .ci/venv.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak clean
+.PHONY: help demo test check soak docs clean
 python := .venv/bin/python
 ARGS ?=
 
@@ -27,6 +27,11 @@ soak: ## run the long tests
 	@.ci/venv test
 	$(python) -m pytest -m soak $(ARGS)
 
+docs: ## build the API reference: site/index.html
+	@.ci/venv docs
+	@rm -rf site
+	$(python) -W error -m pdoc -o site --no-show-source --no-search contextuate_persist
+
 clean: ## remove .venv and everything else that was made here
-	rm -rf .venv .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,7 @@
-"""Keeps what coding agents did: sessions and events in PostgreSQL or MySQL."""
+"""Keeps what coding agents did: sessions and events in PostgreSQL or MySQL.
+
+`open_store` opens a store; what it can do is documented at `PersistenceStore`.
+"""
 
 import logging
 

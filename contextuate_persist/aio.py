@@ -25,6 +25,7 @@ from contextuate_persist.model import (
     SessionNode,
     SessionStatus,
 )
+from contextuate_persist.protocol import PersistenceStore
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -47,8 +48,8 @@ _stores: weakref.WeakSet[AsyncStore] = weakref.WeakSet()
 class AsyncStore:
     """A store for asyncio: `async with AsyncStore(open_store(url)) as store:`.
 
-    The methods are PersistenceStore's, and so is what they do. The given store belongs to the
-    facade, which opens and closes it.
+    The methods are those of `PersistenceStore`, and so is what they do. The given store belongs to
+    the facade, which opens and closes it.
 
     - Each call is done in one of as many threads as the store has connections, with the caller's
       context variables; more calls than that wait for their turn, without a limit of their own
@@ -316,6 +317,12 @@ class AsyncStore:
 
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(threads, copy_context().run, begin)
+
+
+# What the protocol documents is said there only: help() and the reference find it here, too.
+for _name, _method in vars(AsyncStore).items():
+    if not _name.startswith("_"):
+        _method.__doc__ = _method.__doc__ or getattr(PersistenceStore, _name).__doc__
 
 
 def _start_thread(work: Callable[[], T], name: str) -> Future[T]:

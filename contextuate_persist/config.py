@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 def open_store(
     url: str | None = None, *, config: str | Path | None = None, **options: Any
 ) -> BaseStore:
-    """A store for a database: `with open_store() as store:` opens and closes it.
+    """A `PersistenceStore` for a database: `with open_store() as store:` opens and closes it.
 
     The first of these that is given decides: `url` (`postgresql://...` or `mysql://...`);
     CONTEXTUATE_DATABASE_URL; the `persistence` block of the configuration file (`config`, else
@@ -38,6 +38,9 @@ def open_store(
     PostgreSQL that needs no set-up. Connects to nothing yet. `options` go to the store:
     `pool_size`, and in seconds `connect_timeout`, `pool_timeout`, `statement_timeout` and
     `lock_timeout`. Raises ConfigurationError, naming the setting, for what cannot work.
+
+    With the database owner's URL the store also has `apply_schema`, `upgrade_schema` and
+    `load_sample`, which do the work of the commands `init`, `upgrade` and `sample`.
     """
     if not url and config is None:
         url = os.environ.get(ENVIRONMENT_URL)

@@ -5,7 +5,8 @@ the package knows that. Constructors check nothing, so that a store can name eve
 batch at once; `from_wire` and the stores check everything.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: the constructor of a NamedTuple would have types that
+# nobody can resolve, the API reference neither.
 
 import re
 import uuid
@@ -41,13 +42,15 @@ class Cursor(NamedTuple):
     """A position in the one order of events; `str()` and `parse()` carry it over a wire."""
 
     timestamp: int
+    """Unix milliseconds."""
     seq: int
+    """The order of events that have the same timestamp."""
 
     def __str__(self) -> str:
         return f"{self.timestamp}-{self.seq}"
 
     @classmethod
-    def parse(cls, text: str) -> Cursor:
+    def parse(cls, text: str) -> "Cursor":
         """Read what `str(cursor)` wrote; raises InvalidRecord for anything else."""
         match = (
             re.fullmatch(r"([0-9]{1,16})-([0-9]{1,19})", text) if isinstance(text, str) else None
@@ -71,7 +74,8 @@ class TokenUsage:
 class SessionMeta:
     """One run of an agent: a user's, or a sub-agent's with a parent. Times are Unix ms.
 
-    In a save, None means "not said": what the store knows stays (the protocol has the rules).
+    In a save, None means "not said": what the store knows stays (`PersistenceStore.save_session`
+    has the rules).
     """
 
     session_id: str
@@ -98,7 +102,7 @@ class SessionMeta:
         return self.manual_parent_session_id or self.parent_session_id
 
     @classmethod
-    def from_wire(cls, wire: Mapping[str, Any]) -> SessionMeta:
+    def from_wire(cls, wire: Mapping[str, Any]) -> "SessionMeta":
         """Build a valid session from its wire form; keys this version does not know are ignored.
 
         Raises InvalidRecord, naming the wire field.
@@ -155,7 +159,7 @@ class MonitorEvent:
         return Cursor(self.timestamp, self.seq)
 
     @classmethod
-    def from_wire(cls, wire: Mapping[str, Any]) -> MonitorEvent:
+    def from_wire(cls, wire: Mapping[str, Any]) -> "MonitorEvent":
         """Build a valid event from its wire form; keys this version does not know are ignored.
 
         Raises InvalidRecord, naming the wire field. What `data` holds is checked when it is saved.
@@ -171,10 +175,12 @@ class MonitorEvent:
 
 
 class SessionNode(NamedTuple):
-    """A session in a tree, `depth` steps below the root of its tree (0 is the root)."""
+    """A session and its place in a tree."""
 
     session: SessionMeta
+    """As `PersistenceStore.get_session` gives it."""
     depth: int
+    """How many steps below the root of its tree; 0 is the root."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

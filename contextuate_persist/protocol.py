@@ -1,18 +1,4 @@
-"""The store interface: what every backend does, documented here and nowhere else.
-
-What holds for all methods:
-
-- Synchronous and thread-safe. Nothing connects before `init()`; a method called before it, or after
-  `close()`, raises StoreClosed. A process that forks may go on using an open store: the child
-  connects anew and leaves the parent's connections alone.
-- A `save_*` that returns has committed. Every write may be sent again: it counts once.
-- Waiting is bounded (connect, pool, statement, lock). After a lost connection or a deadlock the
-  call is tried again, a few times, then raises StoreUnavailable, as a wait that is over does; what
-  the server refuses (privileges, full disk, read-only) raises StoreRefused; invalid arguments raise
-  InvalidRecord, whose message begins with the field's name.
-- Times are Unix milliseconds, bounds are exclusive unless a method says otherwise.
-- Lists come back as lists, and nothing found is an empty one.
-"""
+"""The store interface: what every backend does, documented here and nowhere else."""
 
 from __future__ import annotations
 
@@ -58,7 +44,19 @@ class SessionFields(TypedDict, total=False):
 
 @runtime_checkable
 class PersistenceStore(Protocol):
-    """Keeps sessions and events; see the module's docstring for what holds everywhere."""
+    """Keeps sessions and events. What holds for all methods:
+
+    - Synchronous and thread-safe. Nothing connects before `init()`; a method called before it, or
+      after `close()`, raises StoreClosed. A process that forks may go on using an open store: the
+      child connects anew and leaves the parent's connections alone.
+    - A `save_*` that returns has committed. Every write may be sent again: it counts once.
+    - Waiting is bounded (connect, pool, statement, lock). After a lost connection or a deadlock the
+      call is tried again, a few times, then raises StoreUnavailable, as a wait that is over does;
+      what the server refuses (privileges, full disk, read-only) raises StoreRefused; invalid
+      arguments raise InvalidRecord, whose message begins with the field's name.
+    - Times are Unix milliseconds, bounds are exclusive unless a method says otherwise.
+    - Lists come back as lists, and nothing found is an empty one.
+    """
 
     def init(self) -> None:
         """Connect and check that the schema is there and of the right version.
@@ -263,8 +261,8 @@ class PersistenceStore(Protocol):
     def update_session(self, session_id: str, **fields: Unpack[SessionFields]) -> None:
         """Set exactly the named fields, atomically; None clears (flags go to their default).
 
-        `child_session_ids` replaces the listed ones. Raises SessionNotFound; no fields change
-        nothing, but the session must exist.
+        The fields are those of SessionMeta but the id; `child_session_ids` replaces the listed
+        ones. Raises SessionNotFound; no fields change nothing, but the session must exist.
         """
         ...
 

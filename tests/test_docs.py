@@ -6,11 +6,13 @@ import argparse
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -22,12 +24,24 @@ from tests.conftest import Database
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     for action in make_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices.items()
+
+
+def public_names() -> Iterator[str]:
+    """What `__all__` names, and the methods and properties of its classes."""
+    for name in contextuate_persist.__all__:
+        yield name
+        value = getattr(contextuate_persist, name)
+        for member, what in vars(value).items() if isinstance(value, type) else ():
+            is_code = isinstance(what, FunctionType | classmethod | property)
+            if is_code and not member.startswith("_"):
+                yield f"{name}.{member}"
 
 
 @pytest.fixture
@@ -93,6 +107,29 @@ def test_every_public_name_is_in_the_readme() -> None:
         assert getattr(contextuate_persist, name).__doc__, name
 
 
+def test_the_reference_documents_all_that_is_public_and_nothing_else(tmp_path: Path) -> None:
+    recipe = re.search(r"\$\(python\) (-W error -m pdoc .*)", MAKEFILE)
+    assert recipe
+    command = shlex.split(recipe[1])
+    command[command.index("site")] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    pages = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert pages.keys() == {"index.html", "contextuate_persist.html"}
+    # A name's entry reaches to the next name.
+    _, *parts = re.split(r'<(?:section|div) id="([\w.]+)"', pages["contextuate_persist.html"])
+    entries = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert {name for name in entries if "." not in name} == set(contextuate_persist.__all__)
+    public = set(public_names())
+    assert {"PersistenceStore.save_event", "AsyncStore.save_event", "Cursor.parse"} <= public
+    documented = {
+        name for name, entry in entries.items() if re.search(r'"docstring">\s*<p>\S', entry)
+    }
+    assert public - documented == set()
+
+
 def test_every_link_leads_somewhere() -> None:
     for document in (ROOT / "README.md", ROOT / "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
@@ -102,4 +139,4 @@ def test_every_link_leads_somewhere() -> None:
 def test_the_readme_is_one_that_people_read() -> None:
     assert len(README.splitlines()) <= 150
     for target in re.findall(r"`make (\w+)`", README):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
