@@ -9,7 +9,9 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -18,11 +20,12 @@ import mysql.connector
 from mysql.connector.errors import Error as MySQLError
 
 from contextuate_persist import base, payload, records, schema, trees
-from contextuate_persist.base import BaseStore, Fault
+from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local, ssl_authorities
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidRecord,
+    PersistenceError,
     SchemaError,
     StoreRefused,
     StoreUnavailable,
@@ -619,7 +622,7 @@ class MySQLStore(BaseStore):
         """
         super().__init__(**options)
         check_quoting(url)
-        self._arguments, self._place = _parse(url)
+        self._arguments, self._place = parse_url(url)
         # The driver itself goes on in plain text where a server, or a liar, offers no TLS.
         self._encrypted = bool(self._arguments.pop("_encrypted", False))
         self._arguments |= {
@@ -628,9 +631,8 @@ class MySQLStore(BaseStore):
             "connection_timeout": max(1, round(self._connect_timeout)),
             "allow_local_infile": False,
         }
-        if mysql.connector.version.VERSION >= (9, 2):
-            # The server's own limit holds for SELECT only; this one ends the connection.
-            self._arguments["read_timeout"] = round(self._statement_timeout) + 5
+        # The server's own limit holds for SELECT only; this one ends the connection.
+        self._arguments["read_timeout"] = round(self._statement_timeout) + 5
         self._chunk_bytes = self._row_bytes = 0  # the server's packet limit says
         self._pool: Pool | None = None
 
@@ -681,7 +683,7 @@ class MySQLStore(BaseStore):
             self._pool.close()
             self._pool = None
 
-    def _abandon(self) -> None:
+    def _abandon(self) -> None:  # pragma: no cover  (in a forked child)
         # One reference too many, for ever: were the connections collected, even at the end of the
         # process, they would say goodbye on the parent's sockets.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pool))
@@ -696,7 +698,7 @@ class MySQLStore(BaseStore):
             return self._pool
 
     def _discard_dead(self) -> None:
-        if self._pool is not None:
+        if self._pool is not None:  # pragma: no branch  (closed meanwhile)
             self._pool.discard_idle()
 
     @contextlib.contextmanager
@@ -728,14 +730,22 @@ class MySQLStore(BaseStore):
         # 2000 to 2999 are the client library's own: of them only lost connections are left.
         return Fault.LOST if number < 0 or 2000 <= number < 3000 else Fault.REFUSED
 
+    def _error(self, fault: Fault, error: Exception) -> PersistenceError:
+        if fault is Fault.TIMEOUT and self._fault(error) is Fault.LOST:
+            # The driver calls it a lost connection that we gave up. So waits a server whose log is
+            # on a full disk: it says nothing until somebody makes room.
+            reason = f"the server did not answer within {self._statement_timeout:g} s"
+            return StoreUnavailable(f"{self._place}: {reason}")
+        return super()._error(fault, error)
+
     # --- Events -----------------------------------------------------------------------------------
 
     def _insert_event(self, connection: Any, row: EventRow) -> bool:
         parameters = dict(zip(EVENT_COLUMNS, _event_values(row), strict=True))
         return _execute_write(connection, INSERT_EVENT, parameters) == 1
 
-    def _insert_events(self, connection: Any, rows: list[EventRow], undelete: bool) -> int:
-        changed = _send(connection, SEED_SESSIONS, {"rows": records.seeds_of(rows)})
+    def _insert_events(self, connection: Any, rows: list[Event], undelete: bool) -> int:
+        changed = _send_rows(connection, SEED_SESSIONS, map(_row_literal, records.seeds_of(rows)))
         touched = list({row.event.session_id for row in rows})
         if undelete:
             self._undelete(connection, touched)
@@ -744,10 +754,17 @@ class MySQLStore(BaseStore):
         for child, parent in records.links_of(rows).items():
             link = {"child_id": child, "parent_id": parent}
             changed += _execute_write(connection, LINK_PARENT, link)
-        inserted = _send(connection, INSERT_EVENTS, {"rows": map(_event_values, rows)})
+        rows = self._drop_known(connection, rows, changed)
+        if not rows:
+            return 0
+        # In the caller's order, mostly that of time: it fills the pages of the indexes that time
+        # orders (680 bytes for each event in all of them; 1,040 if session follows session).
+        rows.sort(key=lambda row: row.position)
+        inserted = _send_rows(connection, INSERT_EVENTS, map(_event_literal, self._encoded(rows)))
+        self._repeating = inserted < len(rows)
         return base.accept_inserted(rows, inserted, changed)
 
-    def _select_known_ids(self, connection: Any, rows: list[EventRow]) -> list[str]:
+    def _select_known_ids(self, connection: Any, rows: list[Event]) -> list[str]:
         ids = {"ids": records.json_list(row.id for row in rows)}
         return [row[0] for row in _execute(connection, SELECT_KNOWN_IDS, ids)]
 
@@ -789,7 +806,7 @@ class MySQLStore(BaseStore):
         self, connection: Any, seeds: list[Seed], sessions: list[dict[str, Any]]
     ) -> int:
         if seeds:
-            _send(connection, SEED_SESSIONS, {"rows": seeds})
+            _send_rows(connection, SEED_SESSIONS, map(_row_literal, seeds))
         return sum(
             # A row that has these values already does not count as written.
             _execute_write(connection, SAVE_SESSION, session) > 0
@@ -1034,35 +1051,43 @@ def _execute_write(connection: Any, statement: str, parameters: Mapping[str, Any
 
 
 def _send(connection: Any, statement: str, parameters: Mapping[str, Any]) -> int:
-    """Execute a statement as bytes; how many rows it affected.
-
-    A list becomes the items of an IN; `rows` the rows of a VALUES, in as many statements as keep
-    each well below the server's packet limit.
-    """
+    """Execute a statement as bytes, its lists as the items of an IN; how many rows it affected."""
     text, names = _positional(statement)
-    parts = text.split("?")
-    if names == ("rows",):
-        return sum(
-            _affected(connection, [parts[0].encode(), values, parts[1].encode()])
-            for values in _values_lists(parameters["rows"])
-        )
     pieces: list[bytes] = []
-    for part, name in zip(parts, [*names, None], strict=True):
+    for part, name in zip(text.split("?"), [*names, None], strict=True):
         pieces.append(part.encode())
         if name is not None:
             pieces.append(b", ".join(map(literal, parameters[name])))
-    return _affected(connection, pieces)
+    return _affected(connection, b"".join(pieces))
 
 
-def _affected(connection: Any, pieces: list[bytes]) -> int:
-    return int(connection.cmd_query(b"".join(pieces))["affected_rows"])
+def _send_rows(connection: Any, statement: str, rows: Iterable[bytes]) -> int:
+    """Insert rows in statements of some size; how many rows these affected.
+
+    While the server works on one statement, the next is made: alone, each would wait for the other
+    (14,000 events a second instead of 19,000).
+    """
+    head, tail = statement.encode().split(b"%(rows)s")
+    statements = (head + values + tail for values in _values_lists(rows))
+    first, second = next(statements), next(statements, None)
+    if second is None:
+        return _affected(connection, first)
+    with ThreadPoolExecutor(1) as sender:
+        affected, sent = 0, sender.submit(_affected, connection, first)
+        for following in chain([second], statements):
+            affected += sent.result()
+            sent = sender.submit(_affected, connection, following)
+        return affected + sent.result()
 
 
-def _values_lists(rows: Iterable[Iterable[Any]]) -> Iterator[bytes]:
+def _affected(connection: Any, statement: bytes) -> int:
+    return int(connection.cmd_query(statement)["affected_rows"])
+
+
+def _values_lists(rows: Iterable[bytes]) -> Iterator[bytes]:
     texts: list[bytes] = []
     size = 0
-    for row in rows:
-        text = b"(" + b", ".join(map(literal, row)) + b")"
+    for text in rows:
         if texts and size + len(text) > _STATEMENT_BYTES:
             yield b",\n".join(texts)
             texts, size = [], 0
@@ -1071,7 +1096,8 @@ def _values_lists(rows: Iterable[Iterable[Any]]) -> Iterator[bytes]:
     yield b",\n".join(texts)
 
 
-_STATEMENT_BYTES = 2**20
+# Some hundred usual events: more gain nothing.
+_STATEMENT_BYTES = 2**18
 
 
 #: The columns of an event, as the two INSERTs name them.
@@ -1091,12 +1117,6 @@ EVENT_COLUMNS = (
 )
 
 
-class _Uuid(str):
-    """A UUID that is stored as its 16 bytes."""
-
-    __slots__ = ()
-
-
 def literal(value: str | bytes | int | None) -> bytes:
     """The value as a literal of a session in utf8mb4 whose sql_mode leaves backslashes alone.
 
@@ -1107,17 +1127,42 @@ def literal(value: str | bytes | int | None) -> bytes:
         return b"NULL"
     if isinstance(value, int):
         return b"%d" % value
-    if isinstance(value, _Uuid):
-        return b"0x" + value.replace("-", "").encode()
     prefix, raw = (b"'", value.encode()) if isinstance(value, str) else (b"_binary'", value)
     return prefix + raw.replace(b"\\", b"\\\\").replace(b"'", b"\\'") + b"'"
+
+
+def _row_literal(values: Iterable[str | bytes | int | None]) -> bytes:
+    return b"(" + b", ".join(map(literal, values)) + b")"
+
+
+# Ids, types, tools and directories come again and again.
+_short_literal = lru_cache(maxsize=4096)(literal)
+
+
+def _event_literal(row: EventRow) -> bytes:
+    """The row of an event, of EVENT_COLUMNS; what most of the client's time goes into."""
+    event = row.event
+    return b"(0x%b, %b, %d, %b, %b, %b, %b, %b, %b, %b, '%b', %b)" % (
+        row.id.replace("-", "").encode(),
+        _short_literal(event.session_id),
+        event.timestamp,
+        _short_literal(event.event_type),
+        _short_literal(event.hook_type),
+        _short_literal(event.parent_session_id),
+        _short_literal(event.machine_id),
+        _short_literal(row.working_directory),
+        _short_literal(row.tool_name),
+        literal(row.tool_use_id),
+        row.data.replace(b"\\", b"\\\\").replace(b"'", b"\\'"),
+        literal(row.exact),
+    )
 
 
 def _event_values(row: EventRow) -> tuple[str | bytes | int | None, ...]:
     """The values of EVENT_COLUMNS."""
     event = row.event
     return (
-        _Uuid(row.id),
+        row.id,
         event.session_id,
         event.timestamp,
         event.event_type,
@@ -1261,7 +1306,7 @@ _NO_SUCH_COLUMN = 1054
 _SSL_MODES = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
 
 
-def _parse(url: str) -> tuple[dict[str, Any], str]:
+def parse_url(url: str) -> tuple[dict[str, Any], str]:
     """The driver's arguments, and the place in words."""
     try:
         parts = urlsplit(url)

@@ -82,13 +82,14 @@ def _encode_data(data: dict[str, Any]) -> tuple[bytes, bytes | None]:
         try:
             text = orjson.dumps(data)
         except TypeError:
-            pass  # a lone surrogate: only the standard encoder writes it
+            pass  # a lone surrogate, which only the standard encoder writes, or a key of no text
         else:
             _check_size(len(text))
             if len(text) > _SIDECAR_BYTES:
                 return orjson.dumps(_outline(data)), text
-            if b"\\u0000" not in text or not _ESCAPED_NUL.search(text):
+            if not _has_nul(text) and (len(text) <= _SIDECAR_KEY or _keys_fit(data)):
                 return text, None
+    _keys_fit(data)
     exact = _exact_json(data)
     _check_size(len(exact))
     if len(exact) <= _SIDECAR_BYTES:
@@ -169,6 +170,42 @@ def _check_size(size: int) -> None:
         raise InvalidRecord(f"data: {size:,} bytes of JSON, at most {MAX_PAYLOAD_BYTES:,} are kept")
 
 
+# Every such value fits, whatever it is; mostly it is a text.
+_PLAIN = frozenset({str, bool, type(None)})
+
+
+def _has_nul(text: bytes) -> bool:
+    # Four digits are found three times as fast as with what stands before them.
+    at = text.find(b"0000")
+    while at >= 0:
+        if text.startswith(b"\\u", max(0, at - 2)):
+            return bool(_ESCAPED_NUL.search(text))
+        at = text.find(b"0000", at + 1)
+    return False
+
+
+def _keys_fit(data: dict[str, Any]) -> bool:
+    """Whether all keys fit the JSON columns; raises InvalidRecord for one that is no text.
+
+    Not part of the survey, which would take a half longer: orjson takes no other keys, either.
+    """
+    fits = True
+    level: list[Any] = [data]
+    while level:
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, dict):
+                for key in node:
+                    if not isinstance(key, str):
+                        raise _fault(data, key)
+                    if len(key) > _SIDECAR_KEY:
+                        fits = False
+            values = node.values() if isinstance(node, dict) else node
+            below += [value for value in values if isinstance(value, dict | list)]
+        level = below
+    return fits
+
+
 def _survey(data: dict[str, Any]) -> bool:  # noqa: C901, PLR0912  (one loop, once per value)
     """Whether all values fit the JSON columns; raises InvalidRecord for what no JSON holds.
 
@@ -187,18 +224,9 @@ def _survey(data: dict[str, Any]) -> bool:  # noqa: C901, PLR0912  (one loop, on
             raise InvalidRecord(f"data: nested more than {MAX_DEPTH} deep")
         below: list[Any] = []
         for node in level:
-            if isinstance(node, dict):
-                for key in node:
-                    if not isinstance(key, str):
-                        raise _fault(data, key)
-                    if len(key) > _SIDECAR_KEY:
-                        fits = False
-                values: Any = node.values()
-            else:
-                values = node
-            for value in values:
+            for value in node.values() if isinstance(node, dict) else node:
                 kind = type(value)
-                if kind is str or kind is bool or value is None:
+                if kind in _PLAIN:
                     continue
                 if kind is int:
                     if not -(2**63) <= value < 2**64:

@@ -14,10 +14,18 @@ from contextuate_persist.model import MonitorEvent, SessionMeta, SessionStatus, 
 # --- Events ---------------------------------------------------------------------------------------
 
 
+class CheckedEvent(NamedTuple):
+    """An event whose fields are valid; whether its payload can be kept, encoding it tells."""
+
+    position: int  # in the caller's batch
+    event: MonitorEvent
+    id: str
+
+
 class EventRow(NamedTuple):
     """An event, validated and encoded."""
 
-    position: int  # in the caller's batch
+    position: int
     event: MonitorEvent
     id: str
     working_directory: str
@@ -25,11 +33,7 @@ class EventRow(NamedTuple):
     tool_use_id: str | None
     data: bytes
     exact: bytes | None
-
-    @property
-    def size(self) -> int:
-        """Bytes that the row adds to a statement, roughly."""
-        return len(self.data) + len(self.exact or b"") + 4 * len(self.working_directory) + 600
+    size: int  # bytes that the row adds to a statement, roughly
 
 
 class Seed(NamedTuple):
@@ -43,19 +47,26 @@ class Seed(NamedTuple):
     exact: str | None
 
 
-def event_row(event: MonitorEvent, position: int = 0) -> EventRow:
-    """Validate and encode an event; raises InvalidRecord."""
+def check_event(event: MonitorEvent, position: int = 0) -> CheckedEvent:
+    """Validate the fields of an event; raises InvalidRecord."""
     model.check_event(event)
+    return CheckedEvent(position, event, model.canonical_event_id(event.id))
+
+
+def encode_event(checked: CheckedEvent) -> EventRow:
+    """Validate and encode the payload of an event; raises InvalidRecord."""
+    event = checked.event
     encoded = payload.encode(event.data, event.working_directory)
     return EventRow(
-        position=position,
-        event=event,
-        id=model.canonical_event_id(event.id),
-        working_directory=payload.column_text(event.working_directory),
-        tool_name=search_key(event.data.get("toolName")),
-        tool_use_id=search_key(event.data.get("toolUseId")),
-        data=encoded.json,
-        exact=encoded.exact,
+        checked.position,
+        event,
+        checked.id,
+        payload.column_text(event.working_directory),
+        search_key(event.data.get("toolName")),
+        search_key(event.data.get("toolUseId")),
+        encoded.json,
+        encoded.exact,
+        len(encoded.json) + len(encoded.exact or b"") + 4 * len(event.working_directory) + 600,
     )
 
 
@@ -96,41 +107,41 @@ def event_from_row(row: Sequence[Any]) -> MonitorEvent:
     )
 
 
-def seeds_of(rows: Iterable[EventRow]) -> list[Seed]:
+def seeds_of(rows: Iterable[CheckedEvent | EventRow]) -> list[Seed]:
     """One seed for each session that events touch, and for each parent, sorted by id.
 
     Sorted, since every writer must lock sessions in the same order.
     """
-    earliest: dict[str, EventRow] = {}
-    children: dict[str, EventRow] = {}
+    earliest: dict[str, MonitorEvent] = {}
+    children: dict[str, MonitorEvent] = {}
     for row in rows:
         event = row.event
         for ids, session_id in ((earliest, event.session_id), (children, event.parent_session_id)):
             if session_id is not None:
                 known = ids.get(session_id)
-                if known is None or event.timestamp < known.event.timestamp:
-                    ids[session_id] = row
+                if known is None or event.timestamp < known.timestamp:
+                    ids[session_id] = event
     return [
         _seed(session_id, earliest.get(session_id), children.get(session_id))
         for session_id in sorted(earliest.keys() | children.keys())
     ]
 
 
-def _seed(session_id: str, own: EventRow | None, childs: EventRow | None) -> Seed:
-    row = own or childs
-    assert row is not None  # noqa: S101  (one of the two named the session)
-    texts = {"working_directory": row.event.working_directory}
+def _seed(session_id: str, own: MonitorEvent | None, childs: MonitorEvent | None) -> Seed:
+    event = own or childs
+    assert event is not None  # noqa: S101  (one of the two named the session)
+    texts = {"working_directory": event.working_directory}
     return Seed(
         session_id=session_id,
-        machine_id=row.event.machine_id,
-        working_directory=row.working_directory,
-        start_time=row.event.timestamp,
+        machine_id=event.machine_id,
+        working_directory=payload.column_text(event.working_directory),
+        start_time=event.timestamp,
         known_from="event" if own else "reference",
         exact=_packed_texts(texts),
     )
 
 
-def links_of(rows: Iterable[EventRow]) -> dict[str, str]:
+def links_of(rows: Iterable[CheckedEvent | EventRow]) -> dict[str, str]:
     """Parents as events tell them, by child; the first one counts."""
     links: dict[str, str] = {}
     for row in rows:

@@ -1,0 +1,176 @@
+"""Batches that take the fast way in: what holds for a few events holds for many, and when repeats,
+faults and other writers come in between."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from contextuate_persist import InvalidBatch, MonitorEvent, SaveResult
+from contextuate_persist.base import CHUNK_ROWS, BaseStore
+from tests.builders import T0, event, session
+from tests.conftest import Database, make_store
+
+MANY = 300
+
+
+def many(session_id: str = "s", count: int = MANY, **fields: Any) -> list[MonitorEvent]:
+    return [event(session_id, T0 + number // 3, **fields) for number in range(count)]
+
+
+def stored(store: BaseStore) -> list[str]:
+    return [one.id for one in store.iter_events()]
+
+
+def test_a_large_batch_comes_back_equal_whatever_its_events_hold(store: BaseStore) -> None:
+    odd: list[dict[str, Any]] = [
+        {"event_type": "of tomorrow", "hook_type": "Tomorrow"},
+        {"parent_session_id": "p", "working_directory": "/nul\0"},
+        {"data": {"text": "\0\ud83d", "large": 2**80, "float": 1e300, "DELIMITER": "it's \\ //"}},
+        {"data": {"toolName": "x" * 300, "toolUseId": "\udcff"}},
+        {"data": {}},
+        {"data": {"big": "b" * 1_100_000}},
+    ]
+    events = [event(f"s{n % 7}", T0 + n, **odd[n % 60 % len(odd)]) for n in range(120)]
+    assert store.save_events(events) == 120
+    for sent in events:
+        assert store.get_event_by_id(sent.session_id, sent.id) == sent
+    assert store.event_counts()["of tomorrow"] == 20
+    assert [e.id for e in store.get_events("s0")] == [e.id for e in events if e.session_id == "s0"]
+
+
+def test_events_of_one_millisecond_keep_the_order_of_a_large_batch(store: BaseStore) -> None:
+    events = many()
+    store.save_events(events)
+    assert [e.id for e in store.get_events("s", limit=MANY)] == [e.id for e in events]
+
+
+def test_repeats_in_large_batches_count_once_and_new_events_are_stored(store: BaseStore) -> None:
+    first, second, third = many(), many(), many()
+    assert store.save_events(first) == MANY
+    assert store.save_events([*first[:50], *second, *second[:50]]) == MANY
+    for _ in range(2):
+        assert store.save_events(first) == 0
+    assert store.save_events(third) == MANY
+    assert store.save_events([*third, *many("other")]) == MANY
+    assert len(stored(store)) == len(set(stored(store))) == 4 * MANY
+
+
+def test_repeats_in_a_large_batch_tell_nothing_about_sessions(store: BaseStore) -> None:
+    first = many()
+    store.save_events(first)
+    before = store.get_sessions()
+    for _ in range(3):
+        lies = [event("phantom", T0 - 1, id=one.id, machine_id="liar") for one in first]
+        assert store.save_events(lies) == 0
+        earlier = [event("s", T0 - 1, id=one.id, machine_id="liar") for one in first]
+        assert store.save_events(earlier) == 0
+    assert store.get_sessions() == before
+
+
+def test_deleted_sessions_stay_deleted_when_large_batches_come_late(store: BaseStore) -> None:
+    events = many()
+    store.save_events(events)
+    store.delete_session("s")
+    assert store.save_events([*events, *many("other")]) == MANY
+    assert store.get_session("s") is None
+    assert store.save_events(events, undelete=True) == MANY
+
+
+def test_every_bad_event_of_a_large_batch_is_named_and_nothing_stored(store: BaseStore) -> None:
+    events: list[Any] = many()
+    events[100] = event("s", T0, data={"x": float("nan")})
+    events[200] = event("s", T0, data={"x": (1,)})
+    with pytest.raises(InvalidBatch) as caught:
+        store.save_events(events)
+    assert [refusal.index for refusal in caught.value.refused] == [100, 200]
+    assert stored(store) == []
+    assert store.get_sessions() == []
+    events[7] = "no event"
+    with pytest.raises(InvalidBatch) as caught:
+        store.save_events(events)
+    assert [refusal.index for refusal in caught.value.refused] == [7, 100, 200]
+    assert stored(store) == []
+
+
+def test_the_good_events_of_a_large_batch_are_stored_if_bad_ones_may_be_left_out(
+    store: BaseStore,
+) -> None:
+    events = many()
+    events[100] = event("s", T0, data={"x": float("nan")})
+    result = store.save_events(events, on_error="skip")
+    assert isinstance(result, SaveResult)
+    assert result.stored == MANY - 1
+    assert [(refusal.index, refusal.id) for refusal in result.refused] == [(100, events[100].id)]
+    assert len(stored(store)) == MANY - 1
+
+
+def test_a_batch_of_several_transactions_stores_nothing_if_its_last_event_is_bad(
+    store: BaseStore,
+) -> None:
+    events = [*many(count=CHUNK_ROWS + 1), event("s", T0, data={"x": float("inf")})]
+    with pytest.raises(InvalidBatch) as caught:
+        store.save_events(events)
+    assert [refusal.index for refusal in caught.value.refused] == [CHUNK_ROWS + 1]
+    assert stored(store) == []
+
+
+def test_a_batch_with_more_bytes_than_a_transaction_should_have_is_cut(store: BaseStore) -> None:
+    store._chunk_bytes = 100_000
+    events = many("s", 60, data={"text": "x" * 5_000})
+    assert store.save_events(events) == 60
+    assert [one.id for one in store.get_events("s")] == [one.id for one in events]
+
+
+def test_an_event_that_the_server_refuses_is_found_in_a_large_batch(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = many()
+    events[123] = event("s", T0, machine_id="x" * 300)
+    monkeypatch.setattr("contextuate_persist.model.check_event", lambda event: None)
+    result = store.save_events(events, on_error="skip")
+    assert isinstance(result, SaveResult)
+    assert result.stored == MANY - 1
+    assert [refusal.index for refusal in result.refused] == [123]
+    assert len(stored(store)) == MANY - 1
+
+
+def test_writers_of_the_same_large_batches_store_them_once(database: Database) -> None:
+    batches = [many(f"s{number % 3}", 60) for number in range(12)]
+    counts: list[int] = []
+    with make_store(database.url) as store:
+        store.save_session(session("s0"))
+
+        def write(order: list[list[MonitorEvent]]) -> None:
+            counts.extend(store.save_events(batch) for batch in order)
+
+        threads = [
+            threading.Thread(target=write, args=(order,))
+            for order in (batches, batches[::-1], batches[6:] + batches[:6], batches)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(counts) == 12 * 60
+        assert sorted(stored(store)) == sorted(e.id for batch in batches for e in batch)
+
+
+def test_writers_whose_batches_share_some_events_store_each_once(database: Database) -> None:
+    common = many("shared", 40)
+    counts: list[int] = []
+    with make_store(database.url) as store:
+
+        def write(number: int) -> None:
+            for _ in range(5):
+                counts.append(store.save_events([*many(f"own{number}", 40), *common]))
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(counts) == 4 * 5 * 40 + 40
+        assert len(stored(store)) == len(set(stored(store))) == sum(counts)
