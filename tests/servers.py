@@ -47,6 +47,8 @@ from contextuate_persist.errors import PersistenceError
 READY_SECONDS = 60.0
 STOP_SECONDS = 60.0
 DOWNLOAD_SECONDS = 600.0
+# Of a small disk while it is not to be full; it takes memory only for what is written.
+DISK_BYTES = 2**30
 # Docker is the last resort; the tags are pinned so that a run next year sees the same server.
 POSTGRESQL_IMAGE = "postgres:17.10"
 MYSQL_IMAGE = "mysql:9.7.0"
@@ -54,6 +56,10 @@ MYSQL_IMAGE = "mysql:9.7.0"
 
 class ServerUnavailable(Exception):
     """No test server of this kind can be had; the message says what to do."""
+
+
+class NoSmallDisk(ServerUnavailable):
+    """This machine does not let us mount a small disk for a server; the message says why."""
 
 
 class NotOwned(Exception):
@@ -75,7 +81,9 @@ class _Warden:
     def __init__(self, setup: dict[str, Any]) -> None:
         self.setup = setup
         self.server: subprocess.Popen[bytes] | None = None
-        self.prctl = ctypes.CDLL(None).prctl
+        self.disk: str | None = None
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.prctl = self.libc.prctl
         self.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
         self.ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         for number in self.ends:
@@ -132,6 +140,52 @@ class _Warden:
             time.sleep(0.002)
         return self.poll()
 
+    def insert_disk(self, path: str, size: int) -> int:
+        """Mount a disk of so many bytes in place of a directory, with what that holds.
+
+        The mount is this process's and its children's own: nobody else sees it, and it cannot be
+        left behind. An ordinary user may mount too, in a user namespace where only he exists.
+        """
+        uid, gid = os.geteuid(), os.getegid()
+        new_namespaces = 0x00020000 | (0x10000000 if uid else 0)  # CLONE_NEWNS, CLONE_NEWUSER
+        self.check(self.libc.unshare(new_namespaces), "unshare")
+        if uid:
+            maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+            for name, text in maps.items():
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+        self.mount("/", None, 0x44000, "")  # MS_REC | MS_PRIVATE: nothing goes back out
+        os.makedirs(path, exist_ok=True)
+        before = f"{path}.before"
+        os.rename(path, before)
+        os.mkdir(path)
+        self.mount(path, "tmpfs", 0, f"size={size}")
+        self.disk = path
+        subprocess.run(["cp", "-a", f"{before}/.", path], check=True, timeout=60)
+        shutil.rmtree(before)
+        return self.leave_free(size)
+
+    def leave_free(self, size: int) -> int:
+        """Make the disk so large that so many bytes of it are free; how many really are."""
+        assert self.disk is not None
+        now = os.statvfs(self.disk)
+        used = (now.f_blocks - now.f_bfree) * now.f_frsize
+        self.mount(self.disk, "tmpfs", 32, f"size={used + size}")  # MS_REMOUNT
+        now = os.statvfs(self.disk)
+        return now.f_bfree * now.f_frsize
+
+    def mount(self, path: str, kind: str | None, flags: int, options: str) -> None:
+        kind_bytes = None if kind is None else kind.encode()
+        done = self.libc.mount(
+            b"none", path.encode(), kind_bytes, ctypes.c_ulong(flags), options.encode()
+        )
+        self.check(done, f"mount {path}")
+
+    def check(self, status: int, what: str) -> None:
+        if status:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), what)
+
     def command(self, name: str) -> None:
         if self.setup[name]:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -167,6 +221,8 @@ class _Warden:
             self.serve()
         self.kill()
         self.command("remove")
+        if self.disk is not None:
+            self.libc.umount2(self.disk.encode(), 2)  # MNT_DETACH; its directory can then go
         for _ in range(5):
             shutil.rmtree(self.setup["directory"], ignore_errors=True)
             if not os.path.exists(self.setup["directory"]):
@@ -246,6 +302,7 @@ class Server:
     setup: dict[str, Any] = field(default_factory=dict, repr=False)
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
     stop_signal: int = signal.SIGTERM
+    disk: Path | None = None
     external_url: str | None = field(default=None, repr=False)
     _supervisor: Supervisor | None = field(default=None, repr=False)
     _pid: int = field(default_factory=os.getpid, repr=False)
@@ -268,6 +325,7 @@ class Server:
                 **self.setup,
             )
             attempts = 3
+            self._insert_disk()
         for left in reversed(range(attempts)):
             self._supervisor.ask("start", argv=self.argv(self))
             try:
@@ -279,6 +337,21 @@ class Server:
                     raise
                 self.port = _free_port()
         return self
+
+    def _insert_disk(self) -> None:
+        if self.disk is None:
+            return
+        assert self._supervisor is not None
+        try:
+            self._supervisor.ask("insert_disk", path=str(self.disk), size=DISK_BYTES)
+        except ServerUnavailable as exc:
+            raise NoSmallDisk(f"a small disk cannot be mounted here: {exc}") from exc
+
+    def leave_free(self, size: int) -> None:
+        """Leave so many bytes free on the server's own disk, which then is full soon, or not."""
+        supervisor = self._owned("fill the disk of")
+        assert supervisor is not None
+        supervisor.ask("leave_free", size=size)
 
     def _wait_ready(self) -> None:
         until = time.monotonic() + READY_SECONDS
@@ -809,8 +882,12 @@ def mysql_server(
     *,
     options: Mapping[str, str | int] | None = None,
     installation: MySQLInstallation | None = None,
+    disk: str | None = None,
 ) -> Server:
-    """A MySQL server, not yet started; durable settings are the server's defaults."""
+    """A MySQL server, not yet started; durable settings are the server's defaults.
+
+    `disk` is what of the server's directory lies on a disk of its own, see `Server.leave_free`.
+    """
     if installation is None and (url := os.environ.get("CONTEXTUATE_TEST_MYSQL_URL")):
         return _external("mysql", url)
     try:
@@ -847,6 +924,7 @@ def mysql_server(
         socket_path=home / "mysqld.sock",
         argv=argv,
         prepare=prepare,
+        disk=home / disk if disk else None,
     )
 
 
@@ -865,8 +943,12 @@ def postgresql_server(
     *,
     options: Mapping[str, str | int] | None = None,
     binaries: PostgreSQLBinaries | None = None,
+    disk: str | None = None,
 ) -> Server:
-    """A PostgreSQL server, not yet started; logins need a password, over TCP and socket alike."""
+    """A PostgreSQL server, not yet started; logins need a password, over TCP and socket alike.
+
+    `disk` is what of the server's directory lies on a disk of its own, see `Server.leave_free`.
+    """
     if binaries is None and (url := os.environ.get("CONTEXTUATE_TEST_POSTGRESQL_URL")):
         return _external("postgresql", url)
     try:
@@ -921,6 +1003,7 @@ def postgresql_server(
         setup={"user": account.uid, "group": account.gid} if account.switch else {},
         environment={k: v for k, v in os.environ.items() if not k.startswith("PG")},
         stop_signal=signal.SIGINT,
+        disk=home / disk if disk else None,
     )
 
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
+import re
+import secrets
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
 from contextuate_persist import (
     MonitorEvent,
+    PersistenceError,
     SessionNotFound,
     StoreRefused,
     StoreUnavailable,
 )
 from contextuate_persist.base import BaseStore
+from tests import servers
 from tests.builders import T0, event, session
-from tests.conftest import Database, make_store
+from tests.conftest import Database, make_store, new_database
 from tests.proxy import Proxy
 
 
@@ -275,3 +282,181 @@ def test_two_hundred_threads_share_a_small_pool(database: Database) -> None:
             thread.join(90)
         assert results == [20] * 200
         assert store.health().pool_in_use == 1
+
+
+# --- Servers whose disk is full -------------------------------------------------------------------
+
+ENOUGH = servers.DISK_BYTES
+FULL = "No space left on device|The table '.*' is full"
+
+
+@contextlib.contextmanager
+def database_on_small_disk(backend: str, part: str, **options: str) -> Iterator[Database]:
+    """A database of a server that has this part of its directory on a disk of its own."""
+    start = servers.postgresql_server if backend == "postgresql" else servers.mysql_server
+    server = start(disk=part, options=options)
+    if server.disk is None:
+        server.remove()
+        pytest.skip("the server is external or in a container: its disk is not ours to fill")
+    try:
+        server.start()
+    except servers.NoSmallDisk as reason:
+        server.remove()
+        pytest.skip(str(reason))
+    with server:
+        database = new_database(server)
+        database.owner().apply_schema()
+        yield database
+
+
+@pytest.fixture
+def tables_on_small_disk(backend: str) -> Iterator[Database]:
+    if backend == "postgresql":
+        with database_on_small_disk(backend, "data/base") as database:
+            yield database
+    else:
+        with database_on_small_disk(backend, "data", log_bin="../binlog") as database:
+            yield database
+
+
+@pytest.fixture
+def log_on_small_disk(backend: str) -> Iterator[Database]:
+    if backend == "postgresql":
+        with database_on_small_disk(backend, "data/pg_wal") as database:
+            yield database
+    else:
+        with database_on_small_disk(backend, "log", log_bin="../log/binlog") as database:
+            yield database
+
+
+class Filling:
+    """Three threads that save, each until a call fails; what was acknowledged and what was not."""
+
+    def __init__(self, store: BaseStore) -> None:
+        self.store = store
+        self.acknowledged: list[MonitorEvent] = []
+        self.refused: list[MonitorEvent] = []
+        self.errors: list[PersistenceError] = []
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(self.save, range(3)))
+
+    def save(self, thread: int) -> None:
+        for number in itertools.count():
+            events = [
+                event(f"s{(thread + k) % 4}", T0 + number, data={"text": secrets.token_hex(2000)})
+                for k in range(20 if number % 2 else 1)
+            ]
+            try:
+                if len(events) == 1:
+                    self.store.save_event(events[0])
+                else:
+                    self.store.save_events(events)
+            except PersistenceError as error:
+                self.refused += events
+                self.errors.append(error)
+                return
+            self.acknowledged += events
+
+    def stored(self) -> list[str]:
+        """The ids of the events that are stored, as often as they are."""
+        return [e.id for e in self.store.iter_events() if e.session_id != "works"]
+
+
+def require_clear(error: PersistenceError, database: Database, reason: str) -> None:
+    text = str(error)
+    kind = {"postgresql": "PostgreSQL", "mysql": "MySQL"}[database.backend]
+    place = f"{kind} at 127.0.0.1:{database.server.port}, database {database.name}: "
+    assert text.startswith(place)
+    assert re.search(reason, text)
+    assert "\n" not in text
+
+
+def test_saves_that_meet_a_full_disk_are_refused_and_taken_again_when_there_is_space(
+    tables_on_small_disk: Database,
+) -> None:
+    server = tables_on_small_disk.server
+    with make_store(tables_on_small_disk.url) as store:
+        store.save_session(session("s0", label="kept"))
+        server.leave_free(4_000_000)
+        filling = Filling(store)
+        for error in filling.errors:
+            assert type(error) is StoreRefused
+            require_clear(error, tables_on_small_disk, FULL)
+        # The files may have room left for a few small events; for this one they have not.
+        large = event("s0", data={"text": secrets.token_hex(2_000_000)})
+        with pytest.raises(StoreRefused, match=FULL):
+            store.save_event(large)
+        with pytest.raises(StoreRefused, match=FULL):
+            store.save_events([*filling.refused, large], on_error="skip")
+
+        acknowledged = sorted(e.id for e in filling.acknowledged)
+        assert len(acknowledged) > 50
+        assert sorted(filling.stored()) == acknowledged
+        assert sum(store.event_counts().values()) == len(acknowledged)
+        found = store.get_session("s0")
+        assert found is not None
+        assert found.label == "kept"
+        assert store.health().pool_in_use == 1
+
+        server.leave_free(ENOUGH)
+        refused = [*filling.refused, large]
+        assert store.save_events(refused) == len(refused)
+        assert store.save_events(refused) == 0
+        assert sorted(filling.stored()) == sorted([*acknowledged, *(e.id for e in refused)])
+
+
+def test_a_server_whose_log_meets_a_full_disk_keeps_all_that_was_acknowledged(
+    log_on_small_disk: Database,
+) -> None:
+    """PostgreSQL goes down, MySQL says nothing at all: neither holds a call for long."""
+    server = log_on_small_disk.server
+    with make_store(
+        log_on_small_disk.url, statement_timeout=1, connect_timeout=2, pool_timeout=2
+    ) as store:
+        server.leave_free(1_000_000)
+        filling = fill_log(store, log_on_small_disk)
+        server.leave_free(ENOUGH)
+        # MySQL would look for space once a minute and go on; see the next test.
+        server.kill()
+        server.start()
+        wait_until_it_works(store)
+        require_kept(filling)
+
+
+@pytest.mark.soak
+@pytest.mark.only("mysql")
+def test_a_server_that_waits_for_space_for_its_log_goes_on_by_itself(
+    log_on_small_disk: Database,
+) -> None:
+    with make_store(log_on_small_disk.url, statement_timeout=1) as store:
+        log_on_small_disk.server.leave_free(1_000_000)
+        filling = fill_log(store, log_on_small_disk)
+        log_on_small_disk.server.leave_free(ENOUGH)
+        wait_until_it_works(store, 90)
+        require_kept(filling)
+
+
+def fill_log(store: BaseStore, database: Database) -> Filling:
+    """Save until the log is full: who meets it first may be told so, others meet with silence."""
+    start = time.monotonic()
+    filling = Filling(store)
+    assert time.monotonic() - start < 30
+    for error in filling.errors:
+        assert type(error) in (StoreRefused, StoreUnavailable)
+        silence = "the server did not answer within 1 s" if database.backend == "mysql" else "."
+        require_clear(error, database, FULL if type(error) is StoreRefused else silence)
+    if database.backend == "mysql":  # PostgreSQL is down, or recovers
+        assert sorted(filling.stored()) == sorted(e.id for e in filling.acknowledged)
+    return filling
+
+
+def require_kept(filling: Filling) -> None:
+    """All that was acknowledged is stored once; of the rest what is not yet can be saved."""
+    stored = filling.stored()
+    assert len(filling.acknowledged) > 20
+    assert len(stored) == len(set(stored))
+    assert {e.id for e in filling.acknowledged} <= set(stored)
+    missing = [e for e in filling.refused if e.id not in stored]
+    assert filling.store.save_events(filling.refused) == len(missing)
+    everything = [*filling.acknowledged, *filling.refused]
+    assert sorted(filling.stored()) == sorted(e.id for e in everything)
