@@ -193,46 +193,46 @@ CREATE INDEX IF NOT EXISTS idx_sessions_active ON sessions (start_time DESC, ses
 CREATE INDEX IF NOT EXISTS idx_sessions_visible ON sessions (start_time DESC, session_id DESC)
     WHERE hidden = FALSE;
 
+-- Those of events rise where time rises, and are read backwards for the newest: what comes in order
+-- comes at their right end, where PostgreSQL leaves full pages behind. idx_events_timestamp takes 32
+-- bytes for each event so; falling, it took 57.
+
 -- get_events, iter_events(session_id=), the last event of a session; the foreign key
 CREATE INDEX IF NOT EXISTS idx_events_session_timestamp
-    ON events (session_id, timestamp DESC, seq DESC);
+    ON events (session_id, timestamp, seq);
 -- get_all_recent_events, iter_events()
-CREATE INDEX IF NOT EXISTS idx_events_timestamp ON events (timestamp DESC, seq DESC);
+CREATE INDEX IF NOT EXISTS idx_events_timestamp ON events (timestamp, seq);
 -- find_events(event_type=)
 CREATE INDEX IF NOT EXISTS idx_events_event_type
-    ON events (event_type, timestamp DESC, seq DESC);
+    ON events (event_type, timestamp, seq);
 -- find_events(event_type=) for a type that the ENUM does not know
 CREATE INDEX IF NOT EXISTS idx_events_event_type_name
-    ON events (event_type_name, timestamp DESC, seq DESC) WHERE event_type_name IS NOT NULL;
+    ON events (event_type_name, timestamp, seq) WHERE event_type_name IS NOT NULL;
 -- find_events(hook_type=) for a hook that the ENUM does not know
 CREATE INDEX IF NOT EXISTS idx_events_hook_type_name
-    ON events (hook_type_name, timestamp DESC, seq DESC) WHERE hook_type_name IS NOT NULL;
+    ON events (hook_type_name, timestamp, seq) WHERE hook_type_name IS NOT NULL;
 -- find_events(machine_id=)
 CREATE INDEX IF NOT EXISTS idx_events_machine_timestamp
-    ON events (machine_id, timestamp DESC, seq DESC);
+    ON events (machine_id, timestamp, seq);
 -- find_events(parent_session_id=)
 CREATE INDEX IF NOT EXISTS idx_events_parent_session
-    ON events (parent_session_id, timestamp DESC, seq DESC) WHERE parent_session_id IS NOT NULL;
+    ON events (parent_session_id, timestamp, seq) WHERE parent_session_id IS NOT NULL;
 -- find_events(tool_name=)
 CREATE INDEX IF NOT EXISTS idx_events_tool_name
-    ON events (tool_name, timestamp DESC, seq DESC) WHERE tool_name IS NOT NULL;
+    ON events (tool_name, timestamp, seq) WHERE tool_name IS NOT NULL;
 -- find_events(tool_use_id=): a call and its result
 CREATE INDEX IF NOT EXISTS idx_events_tool_use_id
     ON events (tool_use_id) WHERE tool_use_id IS NOT NULL;
 -- find_events(event_type='error'), over all sessions
-CREATE INDEX IF NOT EXISTS idx_events_errors ON events (timestamp DESC, seq DESC)
+CREATE INDEX IF NOT EXISTS idx_events_errors ON events (timestamp, seq)
     WHERE event_type = 'error';
--- find_events(session_id=, event_type='tool_call' or 'tool_result')
-CREATE INDEX IF NOT EXISTS idx_events_tool_calls
-    ON events (session_id, timestamp DESC, seq DESC)
-    WHERE event_type IN ('tool_call', 'tool_result');
 -- find_events(contains=): without the big values, or it would cost more than all the others together
 CREATE INDEX IF NOT EXISTS idx_events_data ON events USING GIN (
     (data - '{toolInput,toolOutput,toolCalls,message,assistantResponse,thinking,thinkingBlocks,hook,line}'::text[])
     jsonb_path_ops
 );
 -- find_events(contains=), the few rows whose data is a projection: their exact payload is searched
-CREATE INDEX IF NOT EXISTS idx_events_exact ON events (timestamp DESC, seq DESC)
+CREATE INDEX IF NOT EXISTS idx_events_exact ON events (timestamp, seq)
     WHERE exact IS NOT NULL;
 
 -- the totals of a session from its messages; the foreign key

@@ -55,7 +55,11 @@ CREATE INDEX idx_events_timestamp ON events (timestamp DESC);
 CREATE INDEX idx_events_event_type ON events (event_type, timestamp DESC);
 CREATE INDEX idx_events_machine_timestamp ON events (machine_id, timestamp DESC);
 CREATE INDEX idx_events_data ON events USING GIN (data);
+CREATE INDEX idx_events_parent_session ON events (parent_session_id, timestamp DESC)
+    WHERE parent_session_id IS NOT NULL;
 CREATE INDEX idx_events_errors ON events (timestamp DESC) WHERE event_type = 'error';
+CREATE INDEX idx_events_tool_calls ON events (session_id, timestamp DESC)
+    WHERE event_type IN ('tool_call', 'tool_result');
 CREATE FUNCTION update_updated_at_column() RETURNS TRIGGER LANGUAGE plpgsql AS $$
 BEGIN NEW.updated_at = now(); RETURN NEW; END $$;
 CREATE TRIGGER trigger_sessions_updated_at BEFORE UPDATE ON sessions

@@ -404,11 +404,11 @@ EVENT_READS = {
     ),
     "session and call": read(
         lambda s: s.find_events(session_id=LONG, event_type="tool_call"),
-        "idx_events_tool_calls", "events.PRIMARY",
+        "idx_events_session_timestamp", "events.PRIMARY",
     ),
     "session and result": read(
         lambda s: s.find_events(session_id=LONG, event_type="tool_result"),
-        "idx_events_tool_calls", "events.PRIMARY",
+        "idx_events_session_timestamp", "events.PRIMARY",
     ),
     "session and message": read(
         lambda s: s.find_events(session_id=LONG, event_type="message", limit=10),
