@@ -6,13 +6,14 @@ import argparse
 import re
 import sys
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, NoReturn
 
 from contextuate_persist import __version__
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.console import tell
 from contextuate_persist.errors import InvalidRecord
-from contextuate_persist.model import Cursor, SessionStatus
+from contextuate_persist.model import Cursor, SessionStatus, shown
 from contextuate_persist.transfer import parse_json
 
 PROGRAM = "contextuate-persist"
@@ -22,11 +23,11 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 def _time(text: str) -> int | Cursor:
     """A bound: Unix milliseconds, ISO 8601, or a cursor."""
-    if text.isascii() and text.isdigit():
-        return int(text)
-    if re.fullmatch("[0-9]{10,}-[0-9]+", text):
-        return Cursor.parse(text)
     try:
+        if text.isascii() and text.isdigit():
+            return int(text)
+        if re.fullmatch("[0-9]{10,}-[0-9]+", text):
+            return Cursor.parse(text)
         # Python 3.10 does not know the Z.
         moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
         if moment.tzinfo is None:
@@ -34,19 +35,19 @@ def _time(text: str) -> int | Cursor:
         return (moment - _EPOCH) // timedelta(milliseconds=1)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither milliseconds nor ISO 8601 (2026-01-31T12:00Z) nor a cursor"
+            f"{shown(text)} is neither milliseconds nor ISO 8601 (2026-01-31T12:00Z) nor a cursor"
         ) from None
 
 
 def _limit(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a count")
     return int(text)
 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = parse_json(text.encode("utf-8", "surrogateescape"))
+        value = parse_json(text.encode("utf-8", "surrogatepass"))
     except InvalidRecord as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if not isinstance(value, dict):

@@ -110,6 +110,7 @@ def _import(args: argparse.Namespace) -> int:
                 report = import_path(store, path, undelete=args.undelete, progress=bar)
             except OSError as error:
                 bar.clear()
+                error.filename = error.filename or path  # an error of reading names no file
                 tell(_message(error))
                 failed = True
                 continue

@@ -70,7 +70,12 @@ def open_store(
 
 
 def check_quoting(url: str) -> None:
-    """Refuse a password with a bare @, / or %: drivers take its parts for others, and name them."""
+    """Refuse a password with a bare @, / or %: drivers take its parts for others, and name them.
+
+    And what no driver can send: NUL, and surrogates, which stand for bytes that are not UTF-8.
+    """
+    if re.search("[\0\ud800-\udfff]|%00", url):
+        raise ConfigurationError("database URL: holds NUL, or bytes that are not UTF-8")
     after_scheme = url.partition("://")[2]
     if not after_scheme:
         return
@@ -126,18 +131,18 @@ _DEFAULT_DATABASE = "contextuate_monitor"
 def _url_of_file(config: str | Path | None) -> str | None:
     """The URL that the configuration file stands for; None if there is no file or no block."""
     named = config or os.environ.get(ENVIRONMENT_CONFIG)
-    path = Path(named or CONFIG_FILE).expanduser()
+    path = _path(named or CONFIG_FILE)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if named is None:
             return None
         raise ConfigurationError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or NUL in the path
         raise ConfigurationError(f"{path}: cannot be read: {error}") from None
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path}: not JSON: {error}") from None
     block = _typed(content, "the file", path).get("persistence")
     if block is None:
@@ -159,7 +164,16 @@ def _url_of_file(config: str | Path | None) -> str | None:
     database = _checked(block.get("database", {}), "persistence.database", _DATABASE_KEYS, path)
     if "password" in database and path.stat().st_mode & 0o077:
         _logger.warning("%s holds a password and others can read it: chmod 600 it", path)
-    return _url_of_block(kind, database, path)
+    try:
+        return _url_of_block(kind, database, path)
+    except UnicodeEncodeError:
+        reason = f"{path}: persistence.database, or the password, is not Unicode text"
+        raise ConfigurationError(reason) from None
+
+
+def _path(name: str | Path) -> Path:
+    # pathlib's own raises RuntimeError where there is no such user.
+    return Path(os.path.expanduser(name))
 
 
 def _typed(value: Any, name: str, path: Path) -> dict[str, Any]:
@@ -210,10 +224,10 @@ def _password(database: Mapping[str, Any], path: Path) -> str:
     if password := os.environ.get(ENVIRONMENT_PASSWORD):
         return password
     if "passwordFile" in database:
-        file = Path(database["passwordFile"]).expanduser()
+        file = _path(database["passwordFile"])
         try:
             return file.read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             reason = f"{path}: persistence.database.passwordFile cannot be read: {error}"
             raise ConfigurationError(reason) from None
     return str(database.get("password", ""))
@@ -225,7 +239,7 @@ def _tls_parameters(kind: str, tls: dict[str, Any], path: Path) -> dict[str, str
     if mode is not None and mode not in _TLS_MODES:
         modes = ", ".join(_TLS_MODES)
         raise ConfigurationError(f"{path}: persistence.database.tls.mode is one of {modes}")
-    files = {name: str(Path(file).expanduser()) for name, file in tls.items()}
+    files = {name: str(_path(file)) for name, file in tls.items()}
     if kind == "mysql":
         named = {f"ssl-{name}": file for name, file in files.items()}
         return named | ({"ssl-mode": _TLS_MODES[mode]} if mode else {})

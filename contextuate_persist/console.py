@@ -15,7 +15,10 @@ from typing import Any
 
 from contextuate_persist import display
 
-_PASSWORD = re.compile(r"(://[^\s/@:]*:)\S*@|(\bpassword=)[^\s&]+", re.IGNORECASE)
+_LOGIN = re.compile("://[^/@:]*:")
+_PASSWORD = re.compile(r"(\bpassword=)[^\s&]+", re.IGNORECASE)
+# The longest path and what is wrong with it; but an argument may have megabytes.
+_LONGEST = 5000
 
 
 def show(lines: Iterable[str]) -> None:
@@ -39,12 +42,22 @@ def show_json(records: Iterable[Mapping[str, Any]]) -> None:
 
 def tell(message: str) -> None:
     """Print one line on standard error, without passwords and without control characters."""
-    line = _PASSWORD.sub(lambda m: f"{m[1]}***@" if m[1] else f"{m[2]}***", message)
+    line = _PASSWORD.sub(r"\1***", re.sub(r"\S+", _without_password, message))
+    if len(line) > _LONGEST:
+        line = line[:_LONGEST] + "..."
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     text = display.safe(line).encode(encoding, "backslashreplace").decode(encoding)
     if sys.stderr is not None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+
+def _without_password(word: re.Match[str]) -> str:
+    """The word, without what stands between a URL's user and the last @."""
+    # One expression for both ends would look for the @ again after each "://".
+    login, _, rest = word[0].rpartition("@")
+    found = _LOGIN.search(login)
+    return f"{login[: found.end()]}***@{rest}" if found else word[0]
 
 
 def abandon_output() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import ctypes
+import os
 import re
 import threading
 import time
@@ -12,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import mysql.connector
 from mysql.connector.errors import Error as MySQLError
+from mysql.connector.optionfiles import MySQLOptionsParser
 
 from contextuate_persist import base, payload, records, schema, trees
 from contextuate_persist.base import BaseStore, Event, Fault
@@ -1330,15 +1332,28 @@ def parse_url(url: str) -> tuple[dict[str, Any], str]:
         arguments["unix_socket"] = socket
         place = f"MySQL at {socket}, database {database}"
     if option_file := given.pop("option-file", ""):
-        # The group that every MySQL client reads; the URL's own words win over it.
-        arguments["option_files"] = str(Path(option_file).expanduser())
-        arguments["option_groups"] = ["client"]
+        arguments = _login_of_file(os.path.expanduser(option_file)) | arguments
     if given.pop("use-pure", "") in ("1", "true"):
         arguments["use_pure"] = True
     arguments |= _tls(given, local=bool(socket) or is_local(host))
     if given:
         raise ConfigurationError(f"database URL: no parameter {', '.join(sorted(given))} is known")
     return arguments, place
+
+
+def _login_of_file(path: str) -> dict[str, str]:
+    """User and password of the group that every MySQL client reads; the URL's own words win.
+
+    The driver would take all else from there, too, and evaluate it: before 9.2 as Python, so that a
+    user `__import__("os")...` runs, and since then as a literal, so that the user 007 is a number.
+    """
+    try:
+        group = MySQLOptionsParser([path]).get_groups("client")
+    except ValueError as error:
+        raise ConfigurationError(f"option-file: {error}") from None
+    except configparser.Error:  # whose words quote the file, which may hold a password
+        raise ConfigurationError(f"option-file: {path} is no option file of MySQL") from None
+    return {name: group[name] for name in ("user", "password") if group.get(name)}
 
 
 def _tls(given: dict[str, str], *, local: bool) -> dict[str, Any]:

@@ -614,7 +614,7 @@ class PostgreSQLStore(BaseStore):
         check_quoting(url)
         try:
             given = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
+        except (psycopg.ProgrammingError, UnicodeError) as error:
             reason = str(error).splitlines()[0] if "password" not in str(error) else "malformed"
             raise ConfigurationError(f"database URL: {reason}") from None
         defaults: dict[str, Any] = {
@@ -671,6 +671,8 @@ class PostgreSQLStore(BaseStore):
             refused = "FATAL" in reason and not any(word in reason for word in PASSING)
             kind = StoreRefused if refused else StoreUnavailable
             raise kind(f"{self._place}: {reason}") from error
+        except UnicodeError as error:  # of psycopg's own look-up of the host
+            raise ConfigurationError(f"{self._place}: no host name: {error}") from error
         try:
             self._configure(connection)
         except BaseException:

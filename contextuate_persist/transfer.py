@@ -6,6 +6,7 @@ the file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -79,7 +80,11 @@ def import_path(
     if not isinstance(path, (str, os.PathLike)):
         importer.read(str(getattr(path, "name", "stream")), path)
     elif os.fspath(path) == "-":
+        if sys.stdin is None:  # closed by the caller
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), "stdin")
         importer.read("stdin", sys.stdin.buffer)
+    elif not os.fspath(path):  # pathlib would take the working directory
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "''")
     elif (root := Path(path)).is_dir():
         importer.read_files(_files_below(root, importer.refuse))
     else:

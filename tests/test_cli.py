@@ -291,6 +291,23 @@ def test_import_of_a_directory_without_events_fails(run: Run, tmp_path: Path) ->
     assert "no *.jsonl file is below" in err
 
 
+def test_import_refuses_an_empty_name_and_a_closed_input(
+    run: Run, store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "events.jsonl").write_text(json.dumps(event().to_wire()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", None)
+    error = "contextuate-persist: error: "
+    assert run("import", "") == (1, "", f"{error}'': No such file or directory\n")
+    assert run("import", "-") == (1, "", f"{error}stdin: Bad file descriptor\n")
+    assert run("import", "/proc/self/mem") == (
+        1,
+        "",
+        f"{error}/proc/self/mem: Input/output error\n",
+    )
+    assert store.get_events("s") == []
+
+
 def test_import_undeletes_only_when_told(run: Run, store: BaseStore, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(json.dumps(event().to_wire()))
@@ -326,6 +343,8 @@ def test_a_wrong_command_line_is_status_2(run: Run) -> None:
         ["unknown"],
         ["events"],
         ["events", "s", "--before", "yesterday"],
+        ["events", "s", "--before", "9" * 5000],
+        ["events", "s", "--before", "12345678901234567890-1"],
         ["events", "s", "--limit", "-1"],
         ["sessions", "--status", "asleep"],
         ["sessions", "--hidden", "--visible"],
@@ -335,6 +354,7 @@ def test_a_wrong_command_line_is_status_2(run: Run) -> None:
         status, out, err = run(*arguments)
         assert (status, out) == (2, ""), arguments
         assert "error: " in err.splitlines()[-1]
+        assert "invalid _" not in err
 
 
 def test_verbose_shows_where_an_error_came_from(run: Run) -> None:
@@ -364,6 +384,16 @@ def test_no_password_is_ever_printed(run: Run, database: Database) -> None:
         status, out, err = run(*arguments)
         assert status in (1, 2), arguments
         assert secret not in out + err, arguments
+
+
+def test_a_megabyte_is_told_in_a_short_line_without_delay_or_password(run: Run) -> None:
+    begun = time.process_time()
+    for word in ("://:" * 2**16, "x" * 2**20, f"mysql://app:{'secret' * 2**17}@host/x"):
+        status, out, err = run("status", word)
+        assert (status, out) == (2, "")
+        assert len(err) < 6000
+        assert "secret" not in err
+    assert time.process_time() - begun < 5
 
 
 def test_a_password_on_the_command_line_is_taken_with_a_warning(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from contextuate_persist import ConfigurationError, config, open_store
+from contextuate_persist import ConfigurationError, StoreRefused, config, open_store
 from contextuate_persist.base import BaseStore
 from contextuate_persist.embedded import EmbeddedStore
 from tests.builders import event
@@ -134,6 +135,28 @@ def test_mysql_finds_the_password_in_an_option_file(
     works(open_store(config=write(tmp_path / "c.json", content)), database)
 
 
+@pytest.mark.only("mysql")
+def test_an_option_file_gives_a_login_as_text_and_nothing_else(
+    database: Database, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = urlsplit(database.url)
+    url = f"mysql://{place.netloc.rpartition('@')[2]}{place.path}?option-file=my.cnf"
+    login = f"user={database.user}\npassword={database.password}\n"
+    others = "raw=True\nfailover=9\ntls_versions=x\nconverter_class=5\n"
+    write(tmp_path / "my.cnf", f"[client]\n{login}{others}")
+    works(open_store(url), database)
+    for user in ("007", "[1]", "__import__('os').system('touch owned')"):
+        write(tmp_path / "my.cnf", f"[client]\nuser={user}\npassword=secret\n")
+        with pytest.raises(StoreRefused, match=re.escape(f"'{user}'")), open_store(url):
+            pass
+    for text in ("[client\npassword=secret", "[client]\n=secret\n", "!include secret", "!include"):
+        write(tmp_path / "my.cnf", text)
+        with pytest.raises(ConfigurationError, match="^option-file: "):
+            open_store(url)
+    assert [path.name for path in tmp_path.iterdir()] == ["my.cnf"]
+
+
 def test_a_unix_socket_can_be_named(database: Database, tmp_path: Path) -> None:
     socket = database.server.socket_path
     if socket is None:
@@ -158,6 +181,7 @@ def test_passwords_with_special_characters_survive_the_file(tmp_path: Path) -> N
     [
         ({"mode": "disable"}, "sslmode=disable", "'ssl_disabled': True"),
         ({"mode": "verify-full", "ca": "/ca.pem"}, "sslrootcert=/ca.pem", "'ssl_ca': '/ca.pem'"),
+        ({"ca": "/ca.pem"}, "sslmode=verify-full", "'ssl_verify_identity': True"),
         ({"cert": "/c", "key": "/k"}, "sslcert=/c", "'ssl_key': '/k'"),
         ({"mode": "verify-ca"}, "sslmode=verify-ca", "'ssl_verify_identity': False"),
         ({"mode": "require"}, "sslmode=require", "'host'"),
@@ -218,6 +242,13 @@ def test_what_cannot_work_is_refused_with_file_setting_and_fix(
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_url_that_is_no_string_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match="^database URL: a string is needed, not PosixPath"
+    ):
+        open_store(tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_named_file_that_is_missing_or_unreadable_is_refused(tmp_path: Path) -> None:
