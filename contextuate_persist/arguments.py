@@ -122,7 +122,30 @@ def make_parser() -> argparse.ArgumentParser:
     recent = command("recent", "show the newest events of all sessions, newest first")
     recent.add_argument("--limit", metavar="N", type=_limit, default=20, help="how many (20)")
     command("status", "ask the database how it is")
+    _add_bench(command("bench", "measure a server, in a schema or database of its own there"))
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    how_many = parser.add_mutually_exclusive_group()
+    how_many.add_argument(
+        "--events",
+        metavar="N",
+        type=_limit,
+        default=100_000,
+        help="how many to store (100,000: a minute or two)",
+    )
+    how_many.add_argument(
+        "--full",
+        dest="events",
+        action="store_const",
+        const=1_000_000,
+        help="a million, as the goals have it",
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
+    parser.add_argument(
+        "--curves", metavar="FILE", type=Path, help="draw growth and latency (needs matplotlib)"
+    )
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ from contextuate_persist.console import (
     tell,
     terminal_width,
 )
-from contextuate_persist.errors import PersistenceError, SessionNotFound
+from contextuate_persist.errors import ConfigurationError, PersistenceError, SessionNotFound
 from contextuate_persist.model import MonitorEvent
 from contextuate_persist.transfer import ImportReport, import_path
 
@@ -36,13 +36,17 @@ from contextuate_persist.transfer import ImportReport, import_path
 
 
 def _store(args: argparse.Namespace) -> BaseStore:
+    _warn_of_password(args)
+    return open_store(args.url)
+
+
+def _warn_of_password(args: argparse.Namespace) -> None:
     if args.url and _has_password(args.url):
         tell(
             "warning: a password on the command line can be seen by everybody on this machine; "
             f"put the URL into {ENVIRONMENT_URL}, or for PostgreSQL the password into ~/.pgpass "
             "(or PGPASSFILE)"
         )
-    return open_store(args.url)
 
 
 def _has_password(url: str) -> bool:
@@ -235,6 +239,19 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    # It imports what no other command needs.
+    from contextuate_persist.bench.run import run  # noqa: PLC0415
+
+    url = args.url or os.environ.get(ENVIRONMENT_URL)
+    if not url:
+        raise ConfigurationError(f"bench: no server is named: give --url or {ENVIRONMENT_URL}")
+    _warn_of_password(args)
+    table = run(url, events=args.events, json=args.output, curves=args.curves, tell=tell)
+    show(table.split("\n"))
+    return 0
+
+
 def _camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.capitalize() for word in rest)
@@ -251,6 +268,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "find": _find,
     "recent": _recent,
     "status": _status,
+    "bench": _bench,
 }
 
 # --- The program ----------------------------------------------------------------------------------

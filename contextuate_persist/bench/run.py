@@ -1,0 +1,54 @@
+"""The whole benchmark on somebody's own server: `contextuate-persist bench --url URL`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contextuate_persist.bench import report
+from contextuate_persist.bench.bare import bare
+from contextuate_persist.bench.scratch import scratch
+from contextuate_persist.bench.suite import Scale, Suite
+from contextuate_persist.config import open_store
+
+#: Connections of the measured store.
+POOL_SIZE = 20
+
+
+def run(
+    url: str,
+    *,
+    events: int,
+    json: Path | None = None,
+    curves: Path | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Measure the server of a URL in a schema (MySQL: a database) of its own; returns the table.
+
+    The account must be allowed to make that; it is removed in the end, and nothing else on the
+    server is touched. Raises ConfigurationError where one is left over.
+    """
+    backend = open_store(url).backend
+    with scratch(backend, url) as own:
+        store: Any = open_store(own, pool_size=POOL_SIZE)
+        store.apply_schema()
+        with store, contextlib.closing(bare(backend, own)) as opponent:
+            suite = Suite(store, opponent, Scale.of(events), tell=tell)
+            suite.run()
+            server = described(suite)
+    if json:
+        report.write_json(json, suite.figures, {backend: suite.curves}, {backend: server})
+    if curves:
+        report.draw(curves, {backend: suite.curves})
+    return f"{report.server_line(backend, server)}\n{report.table(suite.figures)}"
+
+
+def described(suite: Suite) -> dict[str, str]:
+    """The server and the driver that were measured."""
+    health = suite.store.health()
+    return {
+        **suite.bare.settings(),
+        "driver": f"{health.driver} ({health.driver_implementation})",
+    }

@@ -1,0 +1,74 @@
+"""A place of its own on somebody's server: a schema on PostgreSQL, a database on MySQL."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import mysql.connector
+import psycopg
+
+from contextuate_persist import mysql_store
+from contextuate_persist.errors import ConfigurationError, StoreRefused
+
+NAME = "contextuate_bench"
+
+
+@contextmanager
+def scratch(backend: str, url: str, name: str = NAME) -> Iterator[str]:
+    """Make an empty place, yield its URL, and remove it with all that is in it.
+
+    Raises ConfigurationError where one of this name is left over, and StoreRefused where the
+    server lets nobody in, or the account may not make one.
+    """
+    make = {"postgresql": _postgresql_schema, "mysql": _mysql_database}[backend]
+    with contextlib.ExitStack() as stack:
+        try:
+            own_url = stack.enter_context(make(url, name))
+        except (psycopg.Error, mysql.connector.Error) as error:
+            reason = " ".join(str(error).split())
+            raise StoreRefused(f"a place for the benchmark cannot be made: {reason}") from error
+        yield own_url
+
+
+@contextmanager
+def _postgresql_schema(url: str, name: str) -> Iterator[str]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        try:
+            connection.execute(f"CREATE SCHEMA {name}".encode())
+        except psycopg.errors.DuplicateSchema:
+            raise _left_over("schema", name) from None
+        try:
+            yield url + ("&" if "?" in url else "?") + f"options=-csearch_path%3D{name}"
+        finally:
+            connection.execute(f"DROP SCHEMA {name} CASCADE".encode())
+
+
+@contextmanager
+def _mysql_database(url: str, name: str) -> Iterator[str]:
+    arguments, _ = mysql_store.parse_url(url)
+    arguments.pop("_encrypted", None)
+    connection: Any = mysql.connector.connect(**arguments)
+    try:
+        try:
+            connection.cmd_query(f"CREATE DATABASE {name}".encode())
+        except mysql.connector.Error as error:
+            if error.errno == mysql.connector.errorcode.ER_DB_CREATE_EXISTS:
+                raise _left_over("database", name) from None
+            raise
+        try:
+            yield urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+        finally:
+            connection.cmd_query(f"DROP DATABASE {name}".encode())
+    finally:
+        connection.close()
+
+
+def _left_over(kind: str, name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{kind} {name} exists: another benchmark runs, or one was killed; "
+        f"then remove it with DROP {kind.upper()} {name}"
+    )

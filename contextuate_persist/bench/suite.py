@@ -1,0 +1,507 @@
+"""What is measured, on one server: growth, reads, threads, single inserts, batches, retention."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from contextuate_persist.bench import load
+from contextuate_persist.bench.bare import Bare
+from contextuate_persist.bench.load import Load
+from contextuate_persist.bench.measure import (
+    Figure,
+    Goal,
+    Latency,
+    batches,
+    crowd,
+    latencies,
+    rates,
+    seconds,
+)
+from contextuate_persist.model import MonitorEvent, SessionMeta, SessionStatus
+from contextuate_persist.mysql_store import MySQLStore
+from contextuate_persist.postgresql_store import PostgreSQLStore
+
+BATCH = 1000
+
+
+def at_least(limit: float) -> Goal:
+    return Goal(limit=limit, at_least=True)
+
+
+def at_most(limit: float) -> Goal:
+    return Goal(limit=limit, at_least=False)
+
+
+#: What a figure has to reach, by its name: first on PostgreSQL, then on MySQL.
+GOALS: dict[str, tuple[Goal, Goal]] = {
+    "save_events of 1000 / limit": (at_least(0.85), at_least(0.70)),
+    "save_events of 1000, 10% repeats / limit": (at_least(0.55), at_least(0.65)),
+    "save_events of 1000 / SQLAlchemy Core": (at_least(1.5), at_least(1.4)),
+    "save_events / original's limit, at 700,000": (at_least(3), at_least(2)),
+    "rate of the last 100,000 / first 100,000": (at_least(0.95), at_least(0.95)),
+    "bytes per event / original's": (at_most(0.9), at_most(0.85)),
+    "last 100, random sessions, time / original's": (at_most(0.85), at_most(0.3)),
+    "last 1000 events, p50 / bare driver": (at_most(1.25), at_most(1.25)),
+    "save_event, p50 / bare driver": (at_most(1.25), at_most(1.25)),
+    "16 writers / 1": (at_least(1.9), at_least(2.8)),
+    "get_session, p95": (at_most(5), at_most(5)),
+    "last 100 events, p95": (at_most(8), at_most(10)),
+    "recent 100 events, p95": (at_most(15), at_most(20)),
+    "save_event, p95": (at_most(3), at_most(2)),
+    "update_session, p95": (at_most(3), at_most(3)),
+    "single inserts a second": (at_least(800), at_least(1000)),
+    "queries a second": (at_least(3000), at_least(5000)),
+    "readers at once without an error": (at_least(200), at_least(100)),
+}
+
+
+class Rival(Protocol):
+    """Something else that a user would store events with."""
+
+    name: str
+
+    def create(self) -> None: ...
+    def save(self, events: list[MonitorEvent]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured."""
+
+    events: int = 1_000_000  # stored in the end
+    step: int = 100_000
+    original: int = 700_000  # events in the original's tables
+    rounds: int = 5
+    calls: int = 300  # of each query
+    seconds: float = 2.0  # for each number of threads
+    pruned: int = 100_000
+
+    @classmethod
+    def of(cls, events: int) -> Scale:
+        """The usual proportions for this many events."""
+        part = max(1, min(10, events // 20_000))
+        step = events // part // BATCH * BATCH or BATCH
+        return cls(
+            events=step * part,
+            step=step,
+            original=step * max(1, part * 7 // 10),
+            rounds=5 if events >= 100_000 else 3,
+            calls=300 if events >= 100_000 else 50,
+            seconds=2.0 if events >= 100_000 else 0.5,
+            pruned=step,
+        )
+
+
+@dataclass
+class Suite:
+    """One run on one server; `run` fills `figures` and `curves`."""
+
+    store: PostgreSQLStore | MySQLStore
+    bare: Bare
+    scale: Scale = field(default_factory=Scale)
+    rivals: Sequence[Rival] = ()
+    original: Bare | None = None
+    tell: Callable[[str], None] = lambda _: None
+    figures: list[Figure] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._load = Load()
+        self._random = random.Random(7)  # noqa: S311  (repeatable, not secret)
+        self._stored = 0
+
+    def run(self) -> None:
+        for chapter in (
+            self.growth,
+            self.reads,
+            self.threads,
+            self.single,
+            self.ingest,
+            self.retention,
+        ):
+            self.tell(f"{self.store.backend}: {chapter.__name__}")
+            chapter()
+
+    # --- Chapters ---------------------------------------------------------------------------------
+
+    def growth(self) -> None:
+        """From nothing to everything: do inserts, reads and bytes stay what they are?"""
+        scale = self.scale
+        self.store.save_sessions(self._load.sessions(0, scale.events))
+        ours: list[float] = []
+        theirs: list[float] = []
+        for step in range(scale.events // scale.step):
+            taken, taken_original = self._grow(step, original=step * scale.step < scale.original)
+            ours.append(scale.step / taken)
+            if taken_original:
+                theirs.append(scale.step / taken_original)
+            stored = (step + 1) * scale.step
+            read = Latency()
+            for _ in range(min(scale.calls, 100)):
+                session = self._any_session(stored)
+                read.time(lambda: self.store.get_events(session, limit=100))  # noqa: B023
+            self._point("events a second", stored, ours[-1])
+            self._point("last 100 events, p95 in ms", stored, read.p95)
+            if theirs and taken_original:
+                self._point("events a second, original's schema", stored, theirs[-1])
+                if stored == scale.original:
+                    self._compare_original(ours[-1], theirs[-1], stored)
+        self._stored = scale.events
+        self._figure("growth", "events a second, first 100,000", ours[0], "1/s")
+        self._figure("growth", "events a second, last 100,000", ours[-1], "1/s")
+        self._figure("growth", "rate of the last 100,000 / first 100,000", ours[-1] / ours[0], "x")
+        for name, size in self.bare.sizes().items():
+            self._figure("growth", f"bytes per event: {name}", size / scale.events, "B")
+
+    def reads(self) -> None:
+        """Queries of the monitor against the bare driver, which fetches the same and decodes."""
+        store, bare = self.store, self.bare
+        sessions = [self._any_session(self._stored) for _ in range(64)]
+        hot = sessions[0]
+        events = [self._load.events(self._random.randrange(self._stored), 1)[0] for _ in range(64)]
+        tree = self._tree(1000)
+        pairs: list[tuple[str, Callable[[int], object], Callable[[int], object] | None, int]] = [
+            (
+                "get_session",
+                lambda i: store.get_session(sessions[i % 64]),
+                lambda i: bare.session(sessions[i % 64]),
+                1,
+            ),
+            (
+                "last 100 events, one session again and again",
+                lambda _: store.get_events(hot, limit=100),
+                lambda _: bare.last_events(hot, 100),
+                1,
+            ),
+            (
+                "last 100 events",
+                lambda i: store.get_events(sessions[i % 64], limit=100),
+                lambda i: bare.last_events(sessions[i % 64], 100),
+                1,
+            ),
+            (
+                "last 1000 events",
+                lambda i: store.get_events(sessions[i % 8], limit=1000),
+                lambda i: bare.last_events(sessions[i % 8], 1000),
+                5,
+            ),
+            (
+                "get_event_by_id",
+                lambda i: store.get_event_by_id(events[i % 64].session_id, events[i % 64].id),
+                lambda i: bare.event(events[i % 64].id),
+                1,
+            ),
+            (
+                "recent 100 events",
+                lambda _: store.get_all_recent_events(100),
+                lambda _: bare.recent_events(100),
+                1,
+            ),
+            (
+                "event_counts of a session",
+                lambda i: store.event_counts(sessions[i % 64]),
+                lambda i: bare.counts(sessions[i % 64]),
+                1,
+            ),
+            ("event_counts of all", lambda _: store.event_counts(), lambda _: bare.counts(), 100),
+            (
+                "last 100 events of a tool",
+                lambda i: store.find_events(tool_name=load.TOOLS[i % 9], limit=100),
+                lambda i: bare.tool_events(load.TOOLS[i % 9], 100),
+                1,
+            ),
+            (
+                "100 sessions, newest first",
+                lambda _: store.get_sessions(limit=100),
+                lambda _: bare.sessions_with_counts(100),
+                3,
+            ),
+            ("session_tree of 1000", lambda _: store.session_tree(tree), None, 20),
+        ]
+        for name, ours, theirs, share in pairs:
+            contenders = {"store": ours} | ({"bare": theirs} if theirs else {})
+            calls = max(5, self.scale.calls // share)
+            found = latencies(contenders, calls=calls, warm_up=min(10, calls))
+            self._latency("reads", name, found["store"])
+            if theirs:
+                ratio = found["store"].p50 / found["bare"].p50
+                self._figure("reads", f"{name}, p50 / bare driver", ratio, "x")
+
+    def threads(self) -> None:
+        """Readers through one store, more than it has connections."""
+        sessions = [self._any_session(self._stored) for _ in range(256)]
+        most = 0
+        for count in (8, 32, 100, 200):
+            found = crowd(
+                count,
+                self.scale.seconds,
+                lambda thread, number: self.store.get_events(
+                    sessions[(thread * 31 + number) % 256], limit=100
+                ),
+            )
+            name = f"{count} readers, last 100 events"
+            note = f"{len(found.errors)} errors; calls of a thread {min(found.calls)}-" + str(
+                max(found.calls)
+            )
+            self._figure("threads", f"{name}: a second", found.rate, "1/s", note)
+            self._figure("threads", f"{name}: p95", found.latency.p95, "ms")
+            if not found.errors and min(found.calls):
+                most = count
+        self._figure("threads", "readers at once without an error", most, "")
+        found = crowd(
+            8,
+            self.scale.seconds,
+            lambda thread, number: self.store.get_session(sessions[(thread + number) % 256]),
+        )
+        self._figure("threads", "queries a second", found.rate, "1/s", "8 threads, get_session")
+
+    def single(self) -> None:
+        """One durable event, alone and from many threads."""
+        events = self._more(self.scale.calls * 4)
+        mine, theirs = events[::2], [self.bare.prepare_insert(one) for one in events[1::2]]
+        calls = len(mine) - 20
+        found = latencies(
+            {
+                "store": lambda i: self.store.save_event(mine[i]),
+                "bare": lambda i: self.bare.insert(theirs[i]),
+            },
+            calls=calls,
+            warm_up=20,
+        )
+        self._latency("single", "save_event", found["store"])
+        self._latency("single", "the bare driver's INSERT", found["bare"])
+        ratio = found["store"].p50 / found["bare"].p50
+        self._figure("single", "save_event, p50 / bare driver", ratio, "x")
+        self._figure(
+            "single", "single inserts a second", 1000 / statistics.mean(found["store"].times), "1/s"
+        )
+        sessions = self._load.sessions(0, self._stored)[:64]
+        update = Latency()
+        for number in range(self.scale.calls):
+            session = sessions[number % len(sessions)].session_id
+            update.time(
+                lambda: self.store.update_session(session, label=f"label {number}")  # noqa: B023
+            )
+        self._latency("single", "update_session", update)
+        reached: dict[int, float] = {}
+        for count in (1, 4, 16, 64):
+            # As many as a thread could ever store in this time.
+            each = int(self.scale.seconds * 12_000 / count) + 50
+            work = [self._more(each) for _ in range(count)]
+            some = crowd(
+                count,
+                self.scale.seconds,
+                lambda thread, number: self.store.save_event(work[thread][number]),  # noqa: B023
+            )
+            reached[count] = some.rate
+            plural = "s" if count > 1 else ""
+            note = f"{len(some.errors)} errors" if some.errors else ""
+            self._figure(
+                "single", f"{count} writer{plural}: events a second", some.rate, "1/s", note
+            )
+            self._figure("single", f"{count} writer{plural}: p95", some.latency.p95, "ms")
+        self._figure("single", "16 writers / 1", reached[16] / reached[1], "x")
+
+    def ingest(self) -> None:
+        """Batches, in turns with the server's limit and with what a user would write instead."""
+        rounds, blocks = self.scale.rounds, 5
+        events = blocks * BATCH
+
+        def fresh(other: Load | None = None) -> list[list[list[MonitorEvent]]]:
+            return [list(batches(self._more(events, other), BATCH)) for _ in range(rounds)]
+
+        mine, mixed, seen = fresh(), fresh(), fresh()
+        for batch in itertools.chain.from_iterable(seen):
+            self.store.save_events(batch)
+        repeated = [
+            [[*batch[100:], *again[:100]] for batch, again in zip(*blocks, strict=True)]
+            for blocks in zip(mixed, seen, strict=True)
+        ]
+        prepared = [[self.bare.prepare(batch) for batch in block] for block in fresh()]
+        contenders: dict[str, Callable[[int], object]] = {
+            self.bare.limit_name: lambda i: [self.bare.load(one) for one in prepared[i]],
+            "save_events": lambda i: [self.store.save_events(one) for one in mine[i]],
+            "save_events, 10% repeats": lambda i: [
+                self.store.save_events(one) for one in repeated[i]
+            ],
+            "save_events, all repeats": lambda i: [self.store.save_events(one) for one in seen[i]],
+        }
+        # The driver of the rivals fails on the word DELIMITER, and then stores nothing.
+        harmless = Load("DELIMITED")
+        for rival in self.rivals:
+            rival.create()
+            work = fresh(harmless)
+            contenders[rival.name] = lambda i, r=rival, w=work: [r.save(one) for one in w[i]]  # type: ignore[misc]
+        found = rates(contenders, rounds=rounds, events=events)
+        limit = found[self.bare.limit_name]
+        for name, rate in found.items():
+            note = f"{rate / limit:.2f} of the limit"
+            self._figure("ingest", f"{name}, batches of 1000", rate, "1/s", note)
+        ours = found["save_events"]
+        self._figure("ingest", "save_events of 1000 / limit", ours / limit, "x")
+        self._figure(
+            "ingest",
+            "save_events of 1000, 10% repeats / limit",
+            found["save_events, 10% repeats"] / limit,
+            "x",
+        )
+        for rival in self.rivals:
+            ratio = ours / found[rival.name]
+            self._figure("ingest", f"save_events of 1000 / {rival.name}", ratio, "x")
+            rival.close()
+        for size in (1, 10, 100):
+            few = [list(batches(self._more(size * 20), size)) for _ in range(rounds)]
+            rate = rates(
+                {"store": lambda i: [self.store.save_events(one) for one in few[i]]},  # noqa: B023
+                rounds=rounds,
+                events=size * 20,
+            )["store"]
+            self._figure("ingest", f"save_events, batches of {size}", rate, "1/s")
+
+    def retention(self) -> None:
+        """Old sessions go while a writer and a reader go on."""
+        older = load.START + self.scale.pruned * 1000 // load.EVENTS_PER_SECOND
+        sessions = [self._any_session(self._stored, first=self._stored // 2) for _ in range(64)]
+        with self._traffic(sessions) as before:
+            time.sleep(self.scale.seconds)
+        pruned = 0
+        with self._traffic(sessions) as during:
+
+            def prune() -> None:
+                nonlocal pruned
+                pruned = self.store.prune_old_sessions(older)
+
+            taken = seconds(prune)
+        self._figure("retention", f"seconds to prune {pruned} sessions", taken, "s")
+        for name, was, now in zip(
+            ("save_events of 10", "last 100 events"), before, during, strict=True
+        ):
+            self._figure("retention", f"{name}, p95 before", was.p95, "ms")
+            self._figure("retention", f"{name}, p95 meanwhile", now.p95 if now.times else 0, "ms")
+
+    # --- Parts ------------------------------------------------------------------------------------
+
+    def _grow(self, step: int, *, original: bool) -> tuple[float, float]:
+        """Add a step of events; seconds for ours, and for the original's tables beside it."""
+        taken = taken_original = 0.0
+        first = step * self.scale.step
+        block = min(10 * BATCH, self.scale.step)
+        for start in range(first, first + self.scale.step, block):
+            events = self._load.events(start, block)
+            for batch in batches(events, BATCH):
+                taken += seconds(lambda: self.store.save_events(batch))  # noqa: B023
+            if original and self.original is not None:
+                if start % self.scale.step == 0:
+                    self.original.add_sessions(self._load.sessions(start, self.scale.step))
+                for batch in batches(events, BATCH):
+                    prepared = self.original.prepare(batch)
+                    taken_original += seconds(lambda: self.original.load(prepared))  # type: ignore[union-attr]  # noqa: B023
+        return taken, taken_original
+
+    def _compare_original(self, ours: float, theirs: float, stored: int) -> None:
+        assert self.original is not None  # noqa: S101  (the caller measured it)
+        self._figure("growth", "events a second, original's limit, at 700,000", theirs, "1/s")
+        self._figure("growth", "save_events / original's limit, at 700,000", ours / theirs, "x")
+        size = sum(self.bare.sizes().values()) / stored
+        size_original = sum(self.original.sizes().values()) / stored
+        self._figure("growth", "bytes per event", size, "B")
+        self._figure("growth", "bytes per event, original's", size_original, "B")
+        self._figure("growth", "bytes per event / original's", size / size_original, "x")
+        sessions = [self._any_session(stored) for _ in range(self.scale.calls)]
+        original = self.original
+        found = latencies(
+            {
+                "store": lambda i: self.store.get_events(sessions[i % len(sessions)], limit=100),
+                "original": lambda i: original.last_events(sessions[-i % len(sessions)], 100),
+            },
+            calls=self.scale.calls,
+            warm_up=0,
+        )
+        ratio = sum(found["store"].times) / sum(found["original"].times)
+        self._figure("growth", "last 100, random sessions, time / original's", ratio, "x")
+
+    def _tree(self, size: int) -> str:
+        """A tree of sessions, ten children each; its root."""
+        ids = [load.session_id(10**9 + number) for number in range(size)]
+        self.store.save_sessions(
+            SessionMeta(
+                session_id=session_id,
+                machine_id="machine-tree",
+                working_directory="/home/dev/tree",
+                start_time=load.START + number,
+                end_time=load.START + 10**10,
+                status=SessionStatus.COMPLETED,
+                parent_session_id=ids[(number - 1) // 10] if number else None,
+            )
+            for number, session_id in enumerate(ids)
+        )
+        return ids[0]
+
+    @contextmanager
+    def _traffic(self, sessions: list[str]) -> Iterator[tuple[Latency, Latency]]:
+        """A writer and a reader while the block runs, and the times of their calls."""
+        write, read = Latency(), Latency()
+        stop = threading.Event()
+        work = iter(batches(self._more(200_000), 10))
+
+        def writing() -> None:
+            while not stop.is_set() and (batch := next(work, None)):
+                write.time(lambda: self.store.save_events(batch))
+                stop.wait(0.01)
+
+        def reading() -> None:
+            for number in itertools.count():
+                if stop.is_set():
+                    return
+                read.time(lambda: self.store.get_events(sessions[number % 64], limit=100))  # noqa: B023
+                stop.wait(0.01)
+
+        workers = [threading.Thread(target=writing), threading.Thread(target=reading)]
+        for worker in workers:
+            worker.start()
+        try:
+            yield write, read
+        finally:
+            stop.set()
+            for worker in workers:
+                worker.join()
+
+    def _more(self, count: int, other: Load | None = None) -> list[MonitorEvent]:
+        """Events that were not stored yet; their sessions are."""
+        first, self._stored = self._stored, self._stored + count
+        self.store.save_sessions(self._load.sessions(first, count))
+        return (other or self._load).events(first, count)
+
+    def _any_session(self, stored: int, first: int = 0) -> str:
+        return self._load.session_of(self._random.randrange(first, stored))
+
+    def _point(self, curve: str, events: float, value: float) -> None:
+        self.curves.setdefault(curve, []).append((events, value))
+
+    def _latency(self, chapter: str, name: str, latency: Latency) -> None:
+        self._figure(chapter, f"{name}, p50", latency.p50, "ms")
+        self._figure(chapter, f"{name}, p95", latency.p95, "ms", f"p99 {latency.p99:.2f} ms")
+
+    def _figure(self, chapter: str, name: str, value: float, unit: str, note: str = "") -> None:
+        goals = GOALS.get(name)
+        goal = goals[self.store.backend == "mysql"] if goals else None
+        figure = Figure(
+            backend=self.store.backend,
+            chapter=chapter,
+            name=name,
+            value=value,
+            unit=unit,
+            goal=goal,
+            note=note,
+        )
+        self.figures.append(figure)
+        self.tell(f"    {name}: {value:,.3g} {unit}".rstrip())
