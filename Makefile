@@ -1,6 +1,6 @@
 # Each target makes what it needs, .venv included; see .ci/venv.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak docs clean
+.PHONY: help demo test check soak bench docs clean
 python := .venv/bin/python
 ARGS ?=
 
@@ -26,6 +26,10 @@ check: ## check format, style and types
 soak: ## run the long tests
 	@.ci/venv test
 	$(python) -m pytest -m soak $(ARGS)
+
+bench: ## measure both stores beside their servers' limits, the original's schema and others
+	@.ci/venv test bench
+	$(python) -m tests.bench $(ARGS)
 
 docs: ## build the API reference: site/index.html
 	@.ci/venv docs
