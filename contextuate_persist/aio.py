@@ -354,7 +354,7 @@ def _next_events(events: Iterator[MonitorEvent]) -> list[MonitorEvent]:
     return visit
 
 
-def _after_fork() -> None:
+def _after_fork() -> None:  # pragma: no cover  (in a forked child)
     for store in _stores:
         if store._threads is not None:  # noqa: SLF001
             # The child has none of the parent's threads.

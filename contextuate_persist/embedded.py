@@ -326,7 +326,7 @@ _uses: dict[Path, _Use] = {}
 _guard = threading.RLock()
 
 
-def _forget_after_fork() -> None:
+def _forget_after_fork() -> None:  # pragma: no cover  (in a forked child)
     """A forked child uses no server until it calls start() itself.
 
     It inherits the parent's open locks, and a flock belongs to the open file, which both share:

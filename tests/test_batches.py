@@ -164,8 +164,8 @@ def test_writers_whose_batches_share_some_events_store_each_once(database: Datab
     with make_store(database.url) as store:
 
         def write(number: int) -> None:
-            for _ in range(5):
-                counts.append(store.save_events([*many(f"own{number}", 40), *common]))
+            mixed = ([*many(f"own{number}", 40), *common] for _ in range(5))
+            counts.extend(map(store.save_events, mixed))
 
         threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
         for thread in threads:

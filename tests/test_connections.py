@@ -8,7 +8,8 @@ import os
 import socket
 import threading
 import time
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
@@ -24,6 +25,7 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.config import is_local
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
+from tests.proxy import Proxy
 
 SECRET = "s3cret-pa55word"
 
@@ -259,6 +261,64 @@ def test_a_lock_held_by_another_ends_the_wait_and_the_store_goes_on(database: Da
         got = store.get_session("s")
         assert got is not None
         assert got.label == "mine"
+
+
+def test_a_locked_schema_ends_the_wait_of_init(database: Database, backend: str) -> None:
+    lock, unlock = {
+        "postgresql": ("LOCK TABLE schema_version", "SELECT 1"),
+        "mysql": ("LOCK TABLES schema_version WRITE", "UNLOCK TABLES"),
+    }[backend]
+    store = make_store(database.url, lock_timeout=1)
+    with database.owner() as owner:
+
+        def lock_out(connection: Any) -> None:
+            owner._run_statements(connection, [lock])
+            start = time.monotonic()
+            with pytest.raises(StoreUnavailable, match="(?i)lock"):
+                store.init()
+            assert time.monotonic() - start < 5
+            owner._run_statements(connection, [unlock])
+
+        owner._run(lock_out, transaction=True)
+    with store:
+        assert store.save_event(event()) is True
+
+
+def test_a_connection_lost_while_it_is_set_up_is_said_and_closed(database: Database) -> None:
+    parts = urlsplit(database.url)
+    assert parts.port is not None
+    with make_store(database.url) as warm:  # MySQL then knows the password without TLS
+        warm.get_events("s")
+    query = "sslmode=disable" if database.backend == "postgresql" else "ssl-mode=DISABLED"
+    with Proxy(parts.port) as proxy:
+        place = f"{parts.username}:{parts.password}@127.0.0.1:{proxy.port}"
+        store = make_store(urlunsplit((parts.scheme, place, parts.path, query, "")))
+        proxy.swallow_answer_to = b"lock_"  # of the statement that sets the timeouts
+        with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{proxy.port}"):
+            store.init()
+        assert proxy.swallowed == 1
+        with store:
+            assert store.save_event(event()) is True
+
+
+def test_an_error_that_is_not_the_databases_comes_through_and_costs_no_connection(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, logger="psycopg")
+    with make_store(database.url, pool_size=1, pool_timeout=5) as store:
+
+        def fail(connection: object) -> None:
+            raise ZeroDivisionError
+
+        def fail_on_a_lost_connection(connection: object) -> None:
+            assert kill_connections(database) >= 1
+            raise ZeroDivisionError
+
+        for work in (fail, fail_on_a_lost_connection):
+            for transaction in (False, True):
+                with pytest.raises(ZeroDivisionError):
+                    store._run(work, transaction=transaction)
+                assert store.get_events("s") == []
 
 
 def test_a_missing_privilege_is_refused_by_name(database: Database) -> None:

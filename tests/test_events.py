@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import uuid
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,18 @@ def test_an_event_id_counts_once_whatever_comes_with_it(store: BaseStore) -> Non
     assert store.save_events([again, first]) == 0
     assert store.get_events("s") == [first]
     assert store.get_events("other") == []
+
+
+def test_a_repeated_id_leaves_the_first_event_as_it_was(store: BaseStore) -> None:
+    first = event("s", T0)
+    fields: dict[str, Any] = {"data": {"other": True}, "event_type": "error", "machine_id": "x"}
+    again = event("s", T0 + 1, id=first.id, **fields)
+    store.save_event(first)
+    assert store.save_event(again) is False
+    assert store.save_events([again]) == 0
+    assert store.save_events([again, *(event("s", T0 + i) for i in range(30))]) == 30
+    assert store.get_event_by_id("s", first.id) == first
+    assert len(store.get_events("s")) == 31
 
 
 def test_a_repeated_id_tells_nothing_about_sessions(store: BaseStore) -> None:
@@ -93,6 +107,36 @@ def test_saving_nothing_stores_nothing(store: BaseStore) -> None:
 
 def test_a_generator_of_events_is_taken(store: BaseStore) -> None:
     assert store.save_events(event(timestamp=T0 + i) for i in range(3)) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+@pytest.mark.parametrize("known", [True, False])
+def test_every_field_is_kept_and_found_whichever_way_an_event_comes_in(
+    store: BaseStore, known: bool, count: int
+) -> None:
+    """Alone or among others, to a session that is known or not: statements of their own."""
+    if known:
+        store.save_session(session("s"))
+    sent = event(
+        "s",
+        machine_id="of the event",
+        working_directory="/of the event",
+        parent_session_id="p",
+        event_type="quantum_leap",
+        hook_type="Leap",
+        data={"toolName": "Edit", "toolUseId": "toolu_1", "exact": "\0\ud800"},
+    )
+    if count == 1:
+        assert store.save_event(sent) is True
+    else:
+        assert store.save_events([sent, *(event("s", T0 + i) for i in range(1, count))]) == count
+    assert store.get_event_by_id("s", sent.id) == sent
+    assert store.find_events(machine_id="of the event") == [sent]
+    assert store.find_events(parent_session_id="p") == [sent]
+    assert store.find_events(event_type="quantum_leap") == [sent]
+    assert store.find_events(hook_type="Leap") == [sent]
+    assert store.find_events(tool_name="Edit") == [sent]
+    assert store.find_events(tool_use_id="toolu_1") == [sent]
 
 
 # --- Order ----------------------------------------------------------------------------------------
@@ -221,7 +265,8 @@ def test_an_unknown_type_is_stored_found_and_counted_by_its_name(store: BaseStor
     assert store.find_events(hook_type="Transcript:assistant/new") == [new]
     assert store.find_events(event_type="other") == [odd]
     assert store.find_events(hook_type="other") == [odd]
-    assert store.event_counts() == {"other": 1, "quantum_leap": 1, "tool_call": 1}
+    counts = {"other": 1, "quantum_leap": 1, "tool_call": 1}
+    assert store.event_counts() == store.event_counts("s") == counts
 
 
 @pytest.mark.parametrize(
@@ -272,6 +317,34 @@ def test_contains_sees_what_only_the_exact_payload_holds(store: BaseStore) -> No
     assert store.find_events(session_id="s", contains={"half": "\ud800"}) == [hard]
     assert store.find_events(session_id="s", contains={"nul": "a\ufffdb"}) == []
     assert store.find_events(session_id="s", contains={"text": "x" * 1_500_000}) == [large]
+
+
+def test_contains_finds_an_event_once_and_by_one_rule_whatever_its_payload(
+    store: BaseStore,
+) -> None:
+    data = {"n": 1, "list": [1, 2], "number": 5}
+    plain, exact = event("s", T0, data=data), event("s", T0 + 1, data={**data, "big": 2**70})
+    store.save_events([plain, exact])
+    for part in ({"n": 1}, {"list": [2]}, {"number": 5}, {}):
+        assert store.find_events(session_id="s", contains=part) == [exact, plain]
+        assert list(store.iter_events(session_id="s", contains=part)) == [plain, exact]
+    for part in ({"number": [5]}, {"list": 1}, {"n": {"x": 1}}, {"list": {}}):
+        assert store.find_events(session_id="s", contains=part) == []
+
+
+def test_a_large_payload_that_no_column_holds_is_kept_and_searched_exactly(
+    store: BaseStore,
+) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(20):
+        deep = {"deeper": deep}
+    numbers = list(range(200_000))
+    sent = event(data={"big": 2**70, "deep": deep, "numbers": numbers, "last": "needle"})
+    store.save_event(sent)
+    assert store.get_events("s") == [sent]
+    assert list(store.iter_events(session_id="s")) == [sent]
+    assert store.find_events(session_id="s", contains={"last": "needle", "deep": deep}) == [sent]
+    assert store.find_events(session_id="s", contains={"last": "hay"}) == []
 
 
 def test_contains_looks_past_the_first_page_until_the_limit(store: BaseStore) -> None:
@@ -325,6 +398,28 @@ def test_iteration_over_large_payloads_takes_smaller_pages(
     assert sum(1 for _ in store.iter_events(session_id="s")) == 80
     assert pages[0] == 32
     assert min(pages) <= 16
+
+
+def test_pages_leave_large_exact_payloads_out_and_fetch_them_one_by_one(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data: list[dict[str, Any]] = [{"n": 1}, {"nul": "\0"}, {"nul": "\0", "text": "x" * 70_000}]
+    events = [event("s", T0 + i, data=one) for i, one in enumerate(data)]
+    store.save_events(events)
+    rows: list[Any] = []
+    select = store._select_events
+
+    def spy(connection: object, **arguments: object) -> list[Any]:
+        rows.extend(found := select(connection, **arguments))  # type: ignore[arg-type]
+        return found
+
+    monkeypatch.setattr(store, "_select_events", spy)
+    assert list(store.iter_events(session_id="s")) == events
+    assert [(row[10] is not None, (row[11] or 0) > 65_536) for row in rows] == [
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_events_stored_during_an_iteration_are_seen_behind_it(store: BaseStore) -> None:
@@ -399,6 +494,34 @@ def test_a_batch_tells_the_same_of_a_session_as_single_events(store: BaseStore) 
     assert (made.machine_id, made.start_time, made.parent_session_id) == ("early", T0 + 1, "p")
 
 
+def test_of_equally_early_events_and_of_two_parents_the_first_tells(store: BaseStore) -> None:
+    store.save_events([event("s", T0, machine_id="first", parent_session_id="p")])
+    for later in (
+        [event("s", T0, machine_id="second")],
+        [event("s", T0 + 1, parent_session_id="q")],
+        [event("s", T0 + 2, parent_session_id="q"), event("new", T0)],
+    ):
+        store.save_events(later)
+    told = store.get_session("s")
+    assert told is not None
+    assert (told.machine_id, told.parent_session_id) == ("first", "p")
+
+
+def test_a_child_tells_nothing_about_a_parent_that_is_known(store: BaseStore) -> None:
+    store.save_event(event("of its event", T0 + 50, machine_id="own", working_directory="/own\0"))
+    store.save_session(session("saved", start_time=T0 + 50, working_directory="/own\0"))
+    before = {s.session_id: s for s in store.get_sessions()}
+    for number in range(2):
+        store.save_events(
+            [event(f"c{number}", T0, parent_session_id=p) for p in before]
+            + [event(f"d{number}", T0, parent_session_id=p, working_directory="\0") for p in before]
+        )
+    for session_id, known in before.items():
+        got = store.get_session(session_id)
+        assert got is not None
+        assert dataclasses.replace(got, child_session_ids=()) == known
+
+
 def test_a_saved_session_is_not_changed_by_its_events(store: BaseStore) -> None:
     told = session("s", start_time=T0 + 100, machine_id="m", working_directory="/told")
     store.save_session(told)
@@ -423,6 +546,7 @@ def test_a_parent_that_only_a_child_names_is_not_listed(store: BaseStore) -> Non
 # --- Refusal --------------------------------------------------------------------------------------
 
 BAD_EVENTS = {
+    "event": {"id": event().id},
     "id": event(id="no-uuid"),
     "timestamp": event(timestamp=T0 // 1000),
     "timestamp.huge": event(timestamp=10**5000),
@@ -434,12 +558,15 @@ BAD_EVENTS = {
     "hook_type": event(hook_type=""),
     "data": event(data=["no", "object"]),
     "data.nan": event(data={"nan": float("nan")}),
+    "data.digits": event(data={"digits": 10**5000}),
 }
 
 
 @pytest.mark.parametrize("field", BAD_EVENTS)
 def test_a_bad_event_is_refused_by_the_name_of_its_field(store: BaseStore, field: str) -> None:
-    with pytest.raises(InvalidRecord, match=f"^{field.removesuffix('.huge')}: "):
+    with pytest.raises(
+        InvalidRecord, match=f"^{field.removesuffix('.huge').removesuffix('.digits')}: "
+    ):
         store.save_event(BAD_EVENTS[field])
     assert store.get_sessions() == []
 
@@ -452,6 +579,12 @@ def test_raise_stores_nothing_and_names_every_bad_index(store: BaseStore) -> Non
     assert "session_id: 300 characters, at most 255 are kept" in str(caught.value)
     assert caught.value.stored == 0
     assert list(store.iter_events()) == []
+
+
+def test_what_to_do_with_bad_events_is_raise_or_skip(store: BaseStore) -> None:
+    with pytest.raises(InvalidRecord, match="^on_error: 'raise' or 'skip' is needed, not 'ignore'"):
+        store.save_events([event()], on_error="ignore")  # type: ignore[call-overload]
+    assert store.get_sessions() == []
 
 
 def test_skip_stores_the_rest_and_says_what_was_left_out(store: BaseStore) -> None:

@@ -116,6 +116,40 @@ def test_servers_that_are_not_supported_are_named(version: str, backend: str) ->
     _require_mysql("9.7.4-2", "place")
 
 
+def test_a_connection_keeps_a_hundred_prepared_statements_and_closes_the_oldest(
+    store: BaseStore, database: Database, backend: str
+) -> None:
+    def count() -> int:
+        [(_, number)] = database.execute("SHOW GLOBAL STATUS LIKE 'Prepared_stmt_count'")
+        return int(number)
+
+    def work(connection: Any) -> None:
+        before = count()
+        for _ in range(2):
+            for number in range(130):
+                assert _execute(connection, f"SELECT {number}") == [(number,)]
+        assert count() - before <= 100
+
+    store._run(work)
+
+
+def test_what_the_servers_packet_limit_lets_through_is_known_beforehand(
+    own_database: Database, backend: str
+) -> None:
+    own_database.execute("SET GLOBAL max_allowed_packet = 1048576")
+    small, large = event("s", T0, data={"x": "'" * 250_000}), event("s", data={"x": "'" * 270_000})
+    try:
+        with make_store(own_database.url) as store:
+            said = r"^data: 270,\d+ bytes with its row, this server takes 262,144 \(raise max_all"
+            with pytest.raises(InvalidRecord, match=said):
+                store.save_event(large)
+            done = store.save_events([large, small], on_error="skip")
+            assert (done.stored, [r.index for r in done.refused]) == (1, [0])
+            assert store.get_events("s") == [small]
+    finally:
+        own_database.execute("SET GLOBAL max_allowed_packet = DEFAULT")
+
+
 # --- The pool -------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ import pytest
 from contextuate_persist import SchemaError, TokenUsage, schema
 from contextuate_persist.base import BaseStore
 from contextuate_persist.embedded import PostgreSQLBinaries, find_postgresql
-from contextuate_persist.errors import PersistenceError
+from contextuate_persist.errors import PersistenceError, StoreUnavailable
 from tests import servers
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store, new_database
@@ -376,6 +376,49 @@ def test_a_newer_schema_is_refused_with_the_way_out(empty_database: Database) ->
     with pytest.raises(SchemaError, match=message):
         make_store(empty_database.url).init()
     assert catalogue(empty_database) == before
+
+
+def test_a_layout_of_later_versions_is_refused_with_the_way_out(database: Database) -> None:
+    database.execute("UPDATE schema_version SET layout = 'partitioned'")
+    try:
+        with pytest.raises(SchemaError, match="layout 'partitioned'.* install a newer"):
+            make_store(database.url).init()
+    finally:
+        database.execute("UPDATE schema_version SET layout = 'plain'")
+
+
+def test_whoever_changes_the_schema_is_waited_for_and_then_named(database: Database) -> None:
+    with (
+        database.owner()._schema_session(10),
+        pytest.raises(StoreUnavailable, match="another process changes the schema"),
+    ):
+        database.owner().apply_schema(timeout=0.2)
+    assert database.owner().apply_schema(timeout=0.2) is False
+
+
+def test_another_database_is_neither_waited_for_nor_looked_into(
+    database: Database, empty_database: Database
+) -> None:
+    with database.owner()._schema_session(10) as held:
+        held.run("CREATE TABLE contextuate_original_events (id INTEGER)")
+        try:
+            assert empty_database.owner().apply_schema(timeout=0.2) is True
+        finally:
+            held.run("DROP TABLE contextuate_original_events")
+
+
+@pytest.mark.only("postgresql")
+def test_tables_of_another_schema_of_the_database_do_not_matter(
+    empty_database: Database, backend: str
+) -> None:
+    empty_database.execute("CREATE SCHEMA elsewhere")
+    empty_database.execute("CREATE TABLE elsewhere.events (id INTEGER)")
+    assert empty_database.owner().apply_schema() is True
+
+
+def test_a_file_that_is_missing_from_the_installation_is_named() -> None:
+    with pytest.raises(SchemaError, match="no.sql is missing from this installation: install"):
+        schema.schema_file("no.sql")
 
 
 def test_a_missing_schema_is_refused_with_the_command(empty_database: Database) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,6 +54,14 @@ def get(store: BaseStore, session_id: str) -> SessionMeta:
     return found
 
 
+def listed(database: Database, session_id: str) -> list[str]:
+    """The children of a session as they are stored, those included that are not shown."""
+    [(children,)] = database.execute(
+        f"SELECT child_session_ids FROM sessions WHERE session_id = '{session_id}'"
+    )
+    return list(children if isinstance(children, list) else json.loads(children))
+
+
 # --- Merge rules ----------------------------------------------------------------------------------
 
 
@@ -95,8 +106,10 @@ def test_fields_that_are_stored_as_given(store: BaseStore, field: str, value: An
 def test_saving_status_active_clears_the_end(store: BaseStore, end_time: int | None) -> None:
     store.save_session(FULL)
     store.save_session(dataclasses.replace(FULL, status=SessionStatus.ACTIVE, end_time=end_time))
-    assert get(store, "full").end_time is None
-    assert get(store, "full").status is SessionStatus.ACTIVE
+    store.save_session(session("new", status=SessionStatus.ACTIVE, end_time=end_time))
+    for name in ("full", "new"):
+        assert get(store, name).end_time is None
+        assert get(store, name).status is SessionStatus.ACTIVE
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,8 @@ def test_once_the_token_ledger_has_rows_it_alone_decides(
     assert get(store, "full").token_usage == FULL.token_usage
     assert get(store, "full").label == "moved"
     assert get(store, "other").token_usage == more
+    store.update_session("other", token_usage=TokenUsage(total_input=5))
+    assert get(store, "other").token_usage == TokenUsage(total_input=5)
 
 
 def test_a_save_replaces_what_events_had_told(store: BaseStore) -> None:
@@ -195,6 +210,14 @@ def test_bad_sessions_are_named_and_nothing_is_stored(store: BaseStore) -> None:
     with pytest.raises(InvalidBatch) as caught:
         store.save_sessions([session("good"), session(" bad"), session(start_time=5)])
     assert [r.index for r in caught.value.refused] == [1, 2]
+    assert store.get_sessions() == []
+
+
+def test_what_is_no_session_is_refused(store: BaseStore) -> None:
+    with pytest.raises(InvalidRecord, match="^session: a SessionMeta is needed, not dict"):
+        store.save_session({"session_id": "s"})  # type: ignore[arg-type]
+    with pytest.raises(InvalidBatch, match="session: a SessionMeta is needed, not MonitorEvent"):
+        store.save_sessions([session(), event()])  # type: ignore[list-item]
     assert store.get_sessions() == []
 
 
@@ -296,6 +319,12 @@ def test_each_filter_lists_just_its_sessions(store: BaseStore) -> None:
         ids(limit=-5)
 
 
+def test_sessions_of_the_same_start_are_listed_by_their_ids(store: BaseStore) -> None:
+    store.save_sessions(session(name) for name in ("b", "a", "d", "c"))
+    assert [s.session_id for s in store.get_sessions()] == ["d", "c", "b", "a"]
+    assert [s.session_id for s in store.get_sessions(limit=2)] == ["d", "c"]
+
+
 def test_an_unknown_session_is_none(store: BaseStore) -> None:
     assert store.get_session("nobody") is None
 
@@ -315,11 +344,12 @@ def test_children_are_the_listed_ones_then_the_linked_ones_by_start(store: BaseS
     assert get(store, "p").child_session_ids == ("z", "y", "early", "late")
 
 
-def test_listed_children_add_up_over_saves(store: BaseStore) -> None:
+def test_listed_children_add_up_over_saves(store: BaseStore, database: Database) -> None:
     store.save_session(session("p", child_session_ids=("a", "b", "a")))
     store.save_session(session("p", child_session_ids=("c", "b")))
     store.save_session(session("p"))
     assert get(store, "p").child_session_ids == ("a", "b", "c")
+    assert listed(database, "p") == ["a", "b", "c"]
 
 
 def test_a_child_that_belongs_to_another_or_was_deleted_is_not_listed(store: BaseStore) -> None:
@@ -405,6 +435,31 @@ def test_an_update_refuses_fields_that_it_does_not_know(store: BaseStore) -> Non
         store.update_session("s", colour="x")  # type: ignore[call-arg]
 
 
+def test_a_parent_that_an_update_names_stays_what_it_was(store: BaseStore) -> None:
+    store.save_session(session("saved", label="mine", start_time=T0 + 5))
+    store.save_event(event("of an event", T0 + 5, machine_id="own"))
+    before = store.get_sessions()
+    store.save_session(session("c", start_time=T0, working_directory="\0"))
+    for parent in ("of an event", "saved"):
+        store.update_session("c", parent_session_id=parent)
+    *after, _ = store.get_sessions()
+    assert [dataclasses.replace(s, child_session_ids=()) for s in after] == before
+    assert get(store, "saved").child_session_ids == ("c",)
+
+
+def test_a_parent_that_only_an_update_names_is_not_shown_and_goes_with_its_child(
+    store: BaseStore, database: Database
+) -> None:
+    for name in ("other", "s", "another"):
+        start = T0 if name == "s" else T0 + DAY
+        store.save_session(session(name, start_time=start, end_time=start, status="completed"))
+    store.update_session("s", parent_session_id="p")
+    assert store.get_session("p") is None
+    assert store.prune_old_sessions(T0 + 1) == 1
+    rows = database.execute("SELECT session_id FROM sessions ORDER BY session_id")
+    assert rows == [("another",), ("other",)]
+
+
 def test_a_pin_survives_the_next_save(store: BaseStore) -> None:
     store.save_session(session())
     store.update_session("s", is_pinned=True, label="mine", hidden=True)
@@ -413,11 +468,25 @@ def test_a_pin_survives_the_next_save(store: BaseStore) -> None:
     assert (got.is_pinned, got.label, got.hidden, got.end_time) == (True, "mine", True, T0 + 9)
 
 
-def test_what_an_update_says_of_the_beginning_is_not_undone_by_events(store: BaseStore) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("start_time", T0 + 40),
+        ("machine_id", "told"),
+        ("working_directory", "/told"),
+        ("parent_session_id", "told"),
+        ("parent_session_id", None),
+    ],
+)
+def test_what_an_update_says_of_the_beginning_is_not_undone_by_events(
+    store: BaseStore, field: str, value: Any
+) -> None:
     store.save_event(event("s", T0 + 50))
-    store.update_session("s", start_time=T0 + 40)
-    store.save_event(event("s", T0))
-    assert get(store, "s").start_time == T0 + 40
+    store.update_session("s", **{field: value})  # type: ignore[misc]
+    told = get(store, "s")
+    assert getattr(told, field) == value
+    store.save_event(event("s", T0, machine_id="x", working_directory="/x", parent_session_id="x"))
+    assert get(store, "s") == told
 
 
 # --- Trees ----------------------------------------------------------------------------------------
@@ -451,12 +520,16 @@ def test_the_manual_parent_wins_over_the_detected_one(store: BaseStore) -> None:
     )
     store.update_session("c", manual_parent_session_id="q")
     assert tree(store) == [("p", 0), ("q", 0), ("c", 1)]
+    assert tree(store, "p") == [("p", 0)]
+    assert tree(store, "q") == [("q", 0), ("c", 1)]
     store.update_session("c", manual_parent_session_id=None)
     assert tree(store) == [("p", 0), ("c", 1), ("q", 0)]
 
 
 def test_a_session_whose_parent_is_not_stored_begins_a_tree(store: BaseStore) -> None:
     store.save_session(session("c", parent_session_id="missing"))
+    with pytest.raises(SessionNotFound):
+        store.session_tree("missing")
     store.save_session(session("d", manual_parent_session_id="missing too", start_time=T0 + 1))
     assert tree(store) == [("c", 0), ("d", 0)]
 
@@ -502,6 +575,7 @@ def test_deleting_removes_the_session_its_events_and_its_place(store: BaseStore)
             session("s", parent_session_id="p"),
             session("c", parent_session_id="s"),
             session("d", parent_session_id="p", manual_parent_session_id="s"),
+            session("e", parent_session_id="s", manual_parent_session_id="c"),
         ]
     )
     store.save_events([event("s", T0 + i) for i in range(5)] + [event("c")])
@@ -510,10 +584,29 @@ def test_deleting_removes_the_session_its_events_and_its_place(store: BaseStore)
     assert store.get_events("s") == []
     assert get(store, "p").child_session_ids == ("t", "d")
     assert get(store, "c").parent_session_id is None
-    assert get(store, "d").manual_parent_session_id is None
+    d, e = get(store, "d"), get(store, "e")
+    assert (d.parent_session_id, d.manual_parent_session_id) == ("p", None)
+    assert (e.parent_session_id, e.manual_parent_session_id) == (None, "c")
     assert len(store.get_events("c")) == 1
     with pytest.raises(SessionNotFound, match="'s'"):
         store.delete_session("s")
+
+
+def test_a_deleted_session_is_taken_from_every_list(store: BaseStore, database: Database) -> None:
+    """From the stored ones: what only is not shown would come back when deletions are forgotten."""
+    ended: dict[str, Any] = {"end_time": T0, "status": "completed"}
+    lists = {"1": ("a",), "2": ("x", "b", "B", "y"), "3": ("c",), "4": ("x", "C", "y")}
+    store.save_sessions(
+        session(name, start_time=T0 + DAY, child_session_ids=children)
+        for name, children in lists.items()
+    )
+    store.save_sessions(session(name, **ended) for name in "abc")
+    store.delete_session("a")
+    assert [listed(database, name) for name in "12"] == [[], ["x", "b", "B", "y"]]
+    assert store.prune_old_sessions(T0 + 1) == 2
+    left = [[], ["x", "B", "y"], [], ["x", "C", "y"]]
+    assert [listed(database, name) for name in lists] == left
+    assert [list(get(store, name).child_session_ids) for name in lists] == left
 
 
 def test_late_deliveries_do_not_bring_a_deleted_session_back(store: BaseStore) -> None:
@@ -544,12 +637,28 @@ def test_a_deleted_event_of_the_future_does_not_bring_its_session_back(store: Ba
     """As far as a clock may be wrong, a day; beyond that its session's future would be lost."""
     now = round(time.time() * 1000)
     ahead, far_ahead = event("s", now + DAY // 2), event("t", now + 3_000 * DAY)
-    store.save_events([ahead, far_ahead])
-    store.delete_session("s")
-    store.delete_session("t")
+    store.save_events([event("s"), ahead, far_ahead, event("u")])
+    for name in ("s", "u", "t"):
+        store.delete_session(name)
     assert store.save_event(ahead) is False
     assert store.get_session("s") is None
     assert store.save_event(event("t", now + 2 * DAY)) is True
+    assert store.save_event(event("u", now + DAY // 4)) is True, "it had none of the future"
+
+
+def test_of_several_deletions_of_a_session_the_latest_counts(
+    store: BaseStore, database: Database
+) -> None:
+    now = round(time.time() * 1000)
+    store.save_event(event("s", now + DAY // 2))
+    store.delete_session("s")
+    store.save_session(session("s", start_time=now + DAY))
+    store.delete_session("s")
+    assert store.save_event(event("s", now + DAY // 2)) is False
+    database.execute(f"UPDATE deleted_sessions SET deleted_at = {T0}")
+    assert store.save_event(event("s", T0 + 1)) is True
+    store.delete_session("s")
+    assert store.save_event(event("s", T0 + 1)) is False
 
 
 def test_a_parent_that_was_only_named_leaves_no_deletion(store: BaseStore) -> None:
@@ -581,12 +690,68 @@ def test_a_deleted_child_that_somebody_names_again_stays_off_the_lists(store: Ba
     assert get(store, "p").child_session_ids == ("c",)
 
 
+def test_a_listed_child_that_came_back_after_its_deletion_is_listed_again(
+    store: BaseStore,
+) -> None:
+    store.save_session(session("c"))
+    store.delete_session("c")
+    store.save_session(session("p", child_session_ids=("c",)))
+    assert get(store, "p").child_session_ids == ()
+    store.save_event(event("c", round(time.time() * 1000) + DAY))
+    assert get(store, "p").child_session_ids == ("c",)
+
+
 def test_thousands_of_listed_children_are_merged_in_time(store: BaseStore) -> None:
     children = tuple(f"child-{i:05}" for i in range(4_000))
     store.save_session(session("p", child_session_ids=children[:2_000]))
     store.save_session(session("p", child_session_ids=children))
     store.save_session(session("p", child_session_ids=children))
     assert get(store, "p").child_session_ids == children
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_happened_just_when_its_session_was_deleted_is_gone_too(
+    store: BaseStore, database: Database, several: bool
+) -> None:
+    """To the millisecond, with the session there or not, alone or among others."""
+
+    def save_event(timestamp: int) -> int:
+        batch = [event("s", timestamp), event("t")] if several else [event("s", timestamp)]
+        return store.save_events(batch) - several
+
+    def save_session(start_time: int) -> int:
+        batch = [session("s", start_time=start_time)] + [session("t")] * several
+        return store.save_sessions(batch) - several
+
+    store.save_session(session("s"))
+    store.delete_session("s")
+    database.execute(f"UPDATE deleted_sessions SET deleted_at = {T0 + 5}")
+    assert save_event(T0 + 5) == save_session(T0 + 5) == 0
+    assert store.get_session("s") is None
+    assert save_event(T0 + 6) == 1
+    assert save_event(T0 + 5) == 0
+    assert store.save_event(event("s", T0 + 5)) is False
+    assert save_session(T0 + 5) == 1, "it is there again"
+    assert store.save_event(event("s", T0 + 5)) is False
+    assert len(store.get_events("s")) == 1
+    store.delete_session("s")
+    database.execute(f"UPDATE deleted_sessions SET deleted_at = {T0 + 5}")
+    assert save_session(T0 + 6) == 1
+    assert save_event(T0 + 5) == 0
+
+
+@pytest.mark.parametrize("of", ["events", "sessions"])
+def test_undelete_is_for_the_given_sessions_alone(store: BaseStore, of: str) -> None:
+    for name in ("given", "other"):
+        store.save_session(session(name))
+        store.delete_session(name)
+    if of == "events":
+        assert store.save_events([event("given")], undelete=True) == 1
+    else:
+        assert store.save_sessions([session("given")], undelete=True) == 1
+    assert store.save_event(event("given", T0 + 1)) is True
+    assert store.save_event(event("other", T0 + 1)) is False
+    assert store.save_session(session("other")) is False
 
 
 def test_undelete_stores_events_of_deleted_sessions(store: BaseStore) -> None:
@@ -598,15 +763,20 @@ def test_undelete_stores_events_of_deleted_sessions(store: BaseStore) -> None:
     assert store.get_events("s") == old
 
 
-def test_a_late_save_does_not_bring_a_deleted_session_back(store: BaseStore) -> None:
+def test_a_late_save_does_not_bring_a_deleted_session_back(
+    store: BaseStore, database: Database
+) -> None:
     assert store.save_session(session("s", parent_session_id="p")) is True
     assert store.save_session(session("s", parent_session_id="p")) is True
     store.delete_session("s")
     assert store.save_session(session("s", label="late")) is False
     assert store.save_sessions([session("s"), session("t"), session("s")]) == 1
     assert store.save_sessions([session("c", parent_session_id="s")]) == 1  # only names it
-    assert store.save_session(session("s", parent_session_id="p")) is False
+    assert store.save_session(session("s", parent_session_id="late")) is False
+    assert store.save_session(session("s")) is False
     assert {s.session_id for s in store.get_sessions()} == {"t", "c"}
+    rows = database.execute("SELECT session_id FROM sessions ORDER BY session_id")
+    assert rows == [("c",), ("p",), ("s",), ("t",)], "nothing of what only the late saves name"
 
 
 def test_undelete_stores_a_deleted_session_and_its_events(store: BaseStore) -> None:
@@ -646,6 +816,12 @@ def test_deleting_all_leaves_nothing_and_counts_sessions(store: BaseStore) -> No
 # --- Pruning --------------------------------------------------------------------------------------
 
 
+def due(store: BaseStore, older_than: int) -> set[str]:
+    """What a pruning begins with; locked, it is checked once more."""
+    rows = store._run(lambda connection: store._select_prunable(connection, older_than))
+    return {session_id for session_id, _ in rows}
+
+
 def test_pruning_goes_by_the_end_else_the_last_event_else_the_start(store: BaseStore) -> None:
     cut = T0 + 1000
     done = {"status": "completed"}
@@ -653,6 +829,7 @@ def test_pruning_goes_by_the_end_else_the_last_event_else_the_start(store: BaseS
         [
             session("ended before", end_time=cut - 1, **done),
             session("ended at", end_time=cut, **done),
+            session("ended before, new events", end_time=cut - 1, **done),
             session("never ended, old events"),
             session("never ended, new events"),
             session("never ended, no events"),
@@ -661,10 +838,18 @@ def test_pruning_goes_by_the_end_else_the_last_event_else_the_start(store: BaseS
         ]
     )
     store.save_events(
-        [event("never ended, old events", cut - 1), event("never ended, new events", cut + 1)]
+        [
+            event("ended before, new events", cut + 1),
+            event("never ended, old events", cut - 1),
+            event("never ended, new events", cut - 1),
+            event("never ended, new events", cut),
+        ]
     )
-    assert store.prune_old_sessions(cut) == 3
-    assert {s.session_id for s in store.get_sessions()} == {
+    everything = {s.session_id for s in store.get_sessions()}
+    selected = due(store, cut)
+    assert store.prune_old_sessions(cut) == 4
+    assert {s.session_id for s in store.get_sessions()} == everything - selected
+    assert everything - selected == {
         "ended at",
         "never ended, new events",
         "started later",
@@ -693,8 +878,11 @@ def test_a_tree_is_pruned_only_as_a_whole(store: BaseStore) -> None:
             session("moved away", parent_session_id="root", manual_parent_session_id="x", **old),
         ]
     )  # fmt: skip
+    everything = {s.session_id for s in store.get_sessions()}
+    selected = due(store, cut)
     assert store.prune_old_sessions(cut) == 6
-    assert {s.session_id for s in store.get_sessions()} == {
+    assert {s.session_id for s in store.get_sessions()} == everything - selected
+    assert everything - selected == {
         "root", "child", "grandchild", "pin", "pin's child",
     }  # fmt: skip
     store.update_session("grandchild", end_time=T0 + 2)
@@ -710,24 +898,54 @@ def test_pruning_works_in_batches(store: BaseStore) -> None:
     assert store.get_sessions() == []
 
 
-def test_pruning_spares_what_was_pinned_while_it_ran(
-    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda store: store.update_session("kept child", is_pinned=True),
+        lambda store: store.update_session("kept child", end_time=T0 + 1),
+        lambda store: store.save_event(event("kept runner", T0 + 1)),
+        lambda store: store.save_session(session("new", parent_session_id="kept child")),
+        lambda store: store.save_session(session("new", manual_parent_session_id="kept")),
+    ],
+    ids=["pinned", "ended later", "went on", "has a child", "was made a parent"],
+)
+def test_pruning_spares_the_tree_of_what_changed_while_it_ran(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch, change: Callable[[BaseStore], object]
 ) -> None:
     for name in ("kept", "gone"):
-        store.save_session(session(name, end_time=T0, status="completed"))
-        store.save_session(
-            session(f"{name} child", parent_session_id=name, end_time=T0, status="completed")
-        )
+        ended = {"end_time": T0, "status": "completed"}
+        store.save_session(session(name, **ended))
+        store.save_session(session(f"{name} child", parent_session_id=name, **ended))
+        store.save_session(session(f"{name} runner", parent_session_id=name))
+        store.save_event(event(f"{name} runner", T0))
     select = store._select_prunable
 
-    def then_pin(connection: Any, older_than: int) -> list[Any]:
+    def then_change(connection: Any, older_than: int) -> list[Any]:
         rows = list(select(connection, older_than))
-        store.update_session("kept child", is_pinned=True)
+        change(store)
         return rows
 
-    monkeypatch.setattr(store, "_select_prunable", then_pin)
-    assert store.prune_old_sessions(T0 + 1) == 2
-    assert {s.session_id for s in store.get_sessions()} == {"kept", "kept child"}
+    monkeypatch.setattr(store, "_select_prunable", then_change)
+    assert store.prune_old_sessions(T0 + 1) == 3
+    left = {s.session_id for s in store.get_sessions()} - {"new"}
+    assert left == {"kept", "kept child", "kept runner"}
+
+
+def test_pruning_waits_for_whoever_pins_a_session_and_spares_it(store: BaseStore) -> None:
+    store.save_sessions(session(name, end_time=T0, status="error") for name in ("kept", "gone"))
+    pruned: list[int] = []
+    pruner = threading.Thread(target=lambda: pruned.append(store.prune_old_sessions(T0 + 1)))
+
+    def pin(connection: Any) -> None:
+        store._update_session(connection, "kept", {"is_pinned": True})
+        pruner.start()
+        pruner.join(0.3)
+        assert pruner.is_alive()
+
+    store._run(pin, transaction=True)
+    pruner.join(20)
+    assert pruned == [1]
+    assert get(store, "kept").is_pinned
 
 
 def test_old_deletions_are_forgotten(store: BaseStore, database: Database) -> None:
@@ -736,11 +954,13 @@ def test_old_deletions_are_forgotten(store: BaseStore, database: Database) -> No
         store.save_session(session(name))
         store.delete_session(name)
     long_ago = round(time.time() * 1000) - 91 * DAY
+    database.execute(f"UPDATE deleted_sessions SET deleted_at = {long_ago + 2 * DAY}")
     database.execute(
         f"UPDATE deleted_sessions SET deleted_at = {long_ago} WHERE session_id = 'old'"
     )
     assert store.prune_old_sessions(T0 - 1) == 0
     assert database.execute("SELECT session_id FROM deleted_sessions") == [("young",)]
+    assert get(store, "lists").child_session_ids == ()
     assert store.save_event(event("old")) is True
     assert store.save_event(event("young")) is False
     store.delete_session("old")
