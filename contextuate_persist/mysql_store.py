@@ -458,7 +458,7 @@ WHERE session_id = %(session_id)s
 """
 
 # An event dated a little later than the server's clock must not bring its session back either; but
-# one with a year to go must not keep the session's future away. A mere reference leaves no trace.
+# one with a year to go must not keep the session's future away.
 REMEMBER_DELETIONS = """
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
@@ -474,18 +474,9 @@ SELECT
     )
 FROM sessions AS s
 CROSS JOIN (SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now) AS clock
-WHERE s.session_id IN (%(session_ids)s) AND s.known_from <> 'reference'
+WHERE s.session_id IN (%(session_ids)s)
 ON DUPLICATE KEY UPDATE
     deleted_at = GREATEST(deleted_sessions.deleted_at, VALUES(deleted_at))
-"""
-
-COUNT_VISIBLE = """
-SELECT COUNT(*)
-FROM JSON_TABLE(
-    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
-) AS doomed
-JOIN sessions AS s ON s.session_id = doomed.session_id
-WHERE s.known_from <> 'reference'
 """
 
 DELETE_SESSIONS = """
@@ -873,14 +864,16 @@ class MySQLStore(BaseStore):
         return self._delete_locked(connection, ids)
 
     def _delete_locked(self, connection: Any, ids: list[str]) -> int:
-        listed = records.json_list(ids)
-        for session_id in self._select_listing(connection, ids):
-            parameters = {"session_ids": listed, "session_id": session_id}
-            _execute_write(connection, UNLIST_CHILDREN, parameters)
-        visible = _execute(connection, COUNT_VISIBLE, {"session_ids": listed})[0][0]
-        _send(connection, REMEMBER_DELETIONS, {"session_ids": ids})
+        # A mere reference leaves no trace: whoever lists its id goes on listing it.
+        shown = self._select_shown(connection, ids)
+        if shown:
+            listed = records.json_list(shown)
+            for session_id in self._select_listing(connection, shown):
+                parameters = {"session_ids": listed, "session_id": session_id}
+                _execute_write(connection, UNLIST_CHILDREN, parameters)
+            _send(connection, REMEMBER_DELETIONS, {"session_ids": shown})
         _send(connection, DELETE_SESSIONS, {"session_ids": ids})
-        return int(visible)
+        return len(shown)
 
     def _select_listing(self, connection: Any, ids: list[str]) -> list[str]:
         rows = _execute(connection, SELECT_LISTING, {"session_ids": records.json_list(ids)})

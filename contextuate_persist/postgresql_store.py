@@ -432,7 +432,7 @@ WHERE child_session_ids ?| %(session_ids)s::text[]
 """
 
 # An event dated a little later than the server's clock must not bring its session back either; but
-# one with a year to go must not keep the session's future away. A mere reference leaves no trace.
+# one with a year to go must not keep the session's future away.
 REMEMBER_DELETIONS = """
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
@@ -448,7 +448,7 @@ SELECT
     )
 FROM sessions AS s
 CROSS JOIN (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now) AS clock
-WHERE s.session_id = ANY(%(session_ids)s::text[]) AND s.known_from <> 'reference'
+WHERE s.session_id = ANY(%(session_ids)s::text[])
 ON CONFLICT (session_id) DO UPDATE SET
     deleted_at = GREATEST(deleted_sessions.deleted_at, EXCLUDED.deleted_at)
 """
@@ -456,7 +456,6 @@ ON CONFLICT (session_id) DO UPDATE SET
 DELETE_SESSIONS = """
 DELETE FROM sessions
 WHERE session_id = ANY(%(session_ids)s::text[])
-RETURNING known_from
 """
 
 SELECT_SESSION_IDS = """
@@ -976,11 +975,13 @@ class PostgreSQLStore(BaseStore):
         return self._delete_locked(connection, ids)
 
     def _delete_locked(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:
-        sessions = {"session_ids": ids}
-        connection.execute(UNLIST_CHILDREN, sessions)
-        connection.execute(REMEMBER_DELETIONS, sessions)
-        gone = connection.execute(DELETE_SESSIONS, sessions).fetchall()
-        return sum(known_from != "reference" for (known_from,) in gone)
+        # A mere reference leaves no trace: whoever lists its id goes on listing it.
+        shown = self._select_shown(connection, ids)
+        if shown:
+            connection.execute(UNLIST_CHILDREN, {"session_ids": shown})
+            connection.execute(REMEMBER_DELETIONS, {"session_ids": shown})
+        connection.execute(DELETE_SESSIONS, {"session_ids": ids})
+        return len(shown)
 
     def _select_session_ids(self, connection: psycopg.Connection[Any]) -> list[str]:
         return [row[0] for row in connection.execute(SELECT_SESSION_IDS)]

@@ -318,12 +318,13 @@ BEGIN
     SET SESSION cte_max_recursion_depth = 4294967295;
     DROP TEMPORARY TABLE IF EXISTS sessions_to_prune;
     CREATE TEMPORARY TABLE sessions_to_prune (
-        session_id VARCHAR(255) NOT NULL PRIMARY KEY
+        session_id VARCHAR(255) NOT NULL PRIMARY KEY,
+        shown      BOOLEAN      NOT NULL
     ) DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin;
 
     SET TRANSACTION ISOLATION LEVEL SERIALIZABLE;
     START TRANSACTION;
-    INSERT INTO sessions_to_prune (session_id)
+    INSERT INTO sessions_to_prune (session_id, shown)
     WITH RECURSIVE state AS (
         SELECT
             s.session_id,
@@ -344,13 +345,12 @@ BEGIN
         UNION
         SELECT l.neighbour_id FROM kept AS k JOIN links AS l ON l.session_id = k.session_id
     )
-    SELECT s.session_id
+    SELECT s.session_id, s.known_from <> 'reference'
     FROM sessions AS s
     WHERE NOT EXISTS (SELECT 1 FROM kept AS k WHERE k.session_id = s.session_id);
 
-    SELECT COUNT(*) INTO pruned
-    FROM sessions AS s JOIN sessions_to_prune AS p ON p.session_id = s.session_id
-    WHERE s.known_from <> 'reference';
+    SELECT COUNT(*) INTO pruned FROM sessions_to_prune AS p WHERE p.shown;
+    -- A mere reference leaves no trace: whoever lists its id goes on listing it.
     UPDATE sessions
     SET child_session_ids = COALESCE(
         (
@@ -359,13 +359,15 @@ BEGIN
                 child_session_ids,
                 '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
             ) AS listed
-            WHERE listed.session_id NOT IN (SELECT p.session_id FROM sessions_to_prune AS p)
+            WHERE listed.session_id NOT IN (
+                SELECT p.session_id FROM sessions_to_prune AS p WHERE p.shown
+            )
         ),
         JSON_ARRAY()
     )
     WHERE JSON_LENGTH(child_session_ids) > 0;
     -- An event dated a little later than the server's clock must not bring its session back either;
-    -- one with a year to go must not keep its future away. A mere reference leaves no trace.
+    -- one with a year to go must not keep its future away.
     INSERT INTO deleted_sessions (session_id, deleted_at)
     SELECT
         s.session_id,
@@ -381,7 +383,7 @@ BEGIN
     FROM sessions_to_prune AS p
     JOIN sessions AS s ON s.session_id = p.session_id
     CROSS JOIN (SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now) AS clock
-    WHERE s.known_from <> 'reference'
+    WHERE p.shown
     ON DUPLICATE KEY UPDATE
         deleted_at = GREATEST(deleted_sessions.deleted_at, VALUES(deleted_at));
     DELETE s FROM sessions AS s JOIN sessions_to_prune AS p ON p.session_id = s.session_id;

@@ -389,7 +389,7 @@ CREATE OR REPLACE FUNCTION prune_old_sessions(older_than_ms BIGINT) RETURNS INTE
 LANGUAGE plpgsql AS $$
 DECLARE
     doomed TEXT[];
-    pruned INTEGER;
+    shown TEXT[];
 BEGIN
     LOCK TABLE sessions IN EXCLUSIVE MODE;
 
@@ -417,11 +417,16 @@ BEGIN
     FROM sessions AS s
     WHERE NOT EXISTS (SELECT FROM kept AS k WHERE k.session_id = s.session_id);
 
-    UPDATE sessions SET child_session_ids = child_session_ids - doomed
-    WHERE child_session_ids ?| doomed;
+    -- A mere reference leaves no trace: whoever lists its id goes on listing it.
+    SELECT COALESCE(array_agg(s.session_id::text), '{}') INTO shown
+    FROM sessions AS s
+    WHERE s.session_id = ANY(doomed) AND s.known_from <> 'reference';
+
+    UPDATE sessions SET child_session_ids = child_session_ids - shown
+    WHERE child_session_ids ?| shown;
 
     -- An event dated a little later than the server's clock must not bring its session back either;
-    -- one with a year to go must not keep its future away. A mere reference leaves no trace.
+    -- one with a year to go must not keep its future away.
     INSERT INTO deleted_sessions (session_id, deleted_at)
     SELECT
         s.session_id,
@@ -436,15 +441,12 @@ BEGIN
         )
     FROM sessions AS s
     CROSS JOIN (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now) AS clock
-    WHERE s.session_id = ANY(doomed) AND s.known_from <> 'reference'
+    WHERE s.session_id = ANY(shown)
     ON CONFLICT (session_id) DO UPDATE SET
         deleted_at = GREATEST(deleted_sessions.deleted_at, EXCLUDED.deleted_at);
 
-    WITH gone AS (
-        DELETE FROM sessions WHERE session_id = ANY(doomed) RETURNING known_from
-    )
-    SELECT count(*) INTO pruned FROM gone WHERE known_from <> 'reference';
-    RETURN pruned;
+    DELETE FROM sessions WHERE session_id = ANY(doomed);
+    RETURN cardinality(shown);
 END
 $$;
 

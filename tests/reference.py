@@ -162,15 +162,17 @@ class ReferenceStore:
 
     def _remove(self, ids: list[str]) -> None:
         now = round(time.time() * 1000)
+        # A mere reference leaves no trace: whoever lists its id goes on listing it.
+        shown = {name for name in ids if self.known[name].source != "reference"}
         for session_id in ids:
             latest = [event.timestamp for event in self.get_events(session_id)][-1:]
-            if self.known[session_id].source != "reference":
+            if session_id in shown:
                 late = max([now, *(min(t, now + 86_400_000) for t in latest)])
                 self.deleted[session_id] = max(late, self.deleted.get(session_id, 0))
             del self.known[session_id]
         self.events = [event for event in self.events if event.session_id not in ids]
         for other in self.known.values():
-            listed = tuple(c for c in other.session.child_session_ids if c not in ids)
+            listed = tuple(c for c in other.session.child_session_ids if c not in shown)
             self._set(other, child_session_ids=listed)
             if other.session.parent_session_id in ids:
                 self._set(other, parent_session_id=None)

@@ -970,3 +970,14 @@ def test_old_deletions_are_forgotten(store: BaseStore, database: Database) -> No
 def test_pruning_takes_a_time_in_milliseconds(store: BaseStore) -> None:
     with pytest.raises(InvalidRecord, match="^older_than: .*seconds"):
         store.prune_old_sessions(1_700_000_000)
+
+
+def test_pruning_what_is_only_referred_to_leaves_it_on_the_lists(store: BaseStore) -> None:
+    store.save_session(session("keeper", is_pinned=True, child_session_ids=("unseen", "seen")))
+    store.save_session(session("seen", end_time=T0 + 1, status="completed"))
+    store.save_event(event("old", T0, parent_session_id="unseen"))
+    store.delete_session("old")
+    assert store.prune_old_sessions(T0 + 10) == 1
+    kept = store.get_session("keeper")
+    assert kept is not None
+    assert kept.child_session_ids == ("unseen",)
