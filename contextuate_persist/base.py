@@ -80,8 +80,9 @@ class ServerRefusedData(InvalidRecord):
 class StartOver(Exception):
     """Undo a chunk and do it again with `remaining` only, or if that is None without repeats."""
 
-    def __init__(self, remaining: list[Event] | None = None) -> None:
+    def __init__(self, remaining: list[Event] | None = None, *, repeats: bool) -> None:
         self.remaining = remaining
+        self.repeats = repeats  # whether it is repeats that are to blame
 
 
 class Oversized(Exception):
@@ -92,7 +93,7 @@ def drop_deleted(rows: list[Event], deleted: Mapping[str, int]) -> None:
     """Raise StartOver if events are not newer than the deletion of their session."""
     remaining = [row for row in rows if row.event.timestamp > deleted.get(row.event.session_id, 0)]
     if len(remaining) < len(rows):
-        raise StartOver(remaining)
+        raise StartOver(remaining, repeats=False)
 
 
 def accept_inserted(rows: list[Event], inserted: int, sessions_changed: int) -> int:
@@ -102,7 +103,7 @@ def accept_inserted(rows: list[Event], inserted: int, sessions_changed: int) -> 
     finds out, after the sessions. Mostly they knew it all, and nothing has to be undone.
     """
     if inserted < len(rows) and sessions_changed:
-        raise StartOver
+        raise StartOver(repeats=True)
     return inserted
 
 
@@ -301,19 +302,27 @@ class BaseStore(ABC):
         )
 
     def _save_chunk(self, rows: list[Event], undelete: bool = False) -> int:
-        while rows:
+        repeats = False
+        for _ in range(_CONFLICT_ATTEMPTS):
+            if not rows:
+                return 0
             try:
-                return self._run(
+                stored = self._run(
                     partial(self._insert_events, rows=rows, undelete=undelete), transaction=True
                 )
             except StartOver as again:
+                repeats = repeats or again.repeats
                 if again.remaining is not None:
                     rows = again.remaining
-                    continue
-                self._repeating = True
-                known = set(self._run(partial(self._select_known_ids, rows=rows)))
-                rows = [row for row in rows if row.id not in known]
-        return 0
+                else:
+                    known = set(self._run(partial(self._select_known_ids, rows=rows)))
+                    rows = [row for row in rows if row.id not in known]
+            else:
+                return stored
+            finally:
+                if repeats:
+                    self._repeating = True
+        raise StoreUnavailable(f"{self._place}: others keep storing and deleting the same events")
 
     def _drop_known(self, connection: Any, rows: list[Event], changed: int) -> list[Event]:
         """In a transaction, once the sessions are locked: the events that are not stored yet.
@@ -327,7 +336,7 @@ class BaseStore(ABC):
         self._repeating = bool(known)
         new = [row for row in rows if row.id not in known]
         if known and changed:
-            raise StartOver(new)
+            raise StartOver(new, repeats=True)
         return new
 
     def _encoded(self, rows: Iterable[Event]) -> Iterator[EventRow]:

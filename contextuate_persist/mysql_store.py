@@ -11,7 +11,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain
 from typing import Any, ClassVar
@@ -754,7 +753,8 @@ class MySQLStore(BaseStore):
         # orders (680 bytes for each event in all of them; 1,040 if session follows session).
         rows.sort(key=lambda row: row.position)
         inserted = _send_rows(connection, INSERT_EVENTS, map(_event_literal, self._encoded(rows)))
-        self._repeating = inserted < len(rows)
+        if inserted < len(rows):
+            self._repeating = True
         return base.accept_inserted(rows, inserted, changed)
 
     def _select_known_ids(self, connection: Any, rows: list[Event]) -> list[str]:
@@ -995,7 +995,13 @@ def _prepared(connection: Any, statement: str, parameters: Mapping[str, Any] | N
             cursors.popitem(last=False)[1].close()
     given = parameters or {}
     values = tuple(map(_plain, (given[name] for name in names)))
-    cursor.execute(text, values)
+    try:
+        cursor.execute(text, values)
+    except BaseException:
+        # Or the server would keep its statement as long as the connection lives.
+        with contextlib.suppress(Exception):
+            cursor.close()
+        raise
     cursors[text] = cursor
     return cursor
 
@@ -1012,7 +1018,7 @@ def _plain(value: Any) -> str | bytes | int | None:
         return value
     elif isinstance(value, str):
         value.encode()
-        return str(value)
+        return str.__str__(value)  # of an Enum its value, not its name
     raise InvalidRecord(f"parameter: {type(value).__name__} out of range or of no SQL type")
 
 
@@ -1067,12 +1073,57 @@ def _send_rows(connection: Any, statement: str, rows: Iterable[bytes]) -> int:
     first, second = next(statements), next(statements, None)
     if second is None:
         return _affected(connection, first)
-    with ThreadPoolExecutor(1) as sender:
-        affected, sent = 0, sender.submit(_affected, connection, first)
+    sending = _Sending(connection, first)
+    affected = 0
+    try:
         for following in chain([second], statements):
-            affected += sent.result()
-            sent = sender.submit(_affected, connection, following)
-        return affected + sent.result()
+            affected += sending.result()
+            sending = _Sending(connection, following)
+        return affected + sending.result()
+    finally:
+        sending.wait()
+
+
+class _Sending:
+    """A statement that is executed in a thread of its own."""
+
+    def __init__(self, connection: Any, statement: bytes) -> None:
+        self._connection = connection
+        self._statement = statement
+        self._affected = 0
+        self._error: BaseException | None = None
+        # Not Thread.join(): interrupted, Python 3.11's takes a running thread for one that is over.
+        self._over = threading.Event()
+        try:
+            threading.Thread(target=self._execute, daemon=True).start()
+        except RuntimeError:  # no thread can be had, at the end of the process for one
+            self._execute()
+
+    def _execute(self) -> None:
+        try:
+            self._affected = _affected(self._connection, self._statement)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._over.set()
+
+    def wait(self) -> None:
+        """Wait for the end, also through Ctrl-C: to close a connection in use ends the process."""
+        interrupted: BaseException | None = None
+        while not self._over.is_set():
+            try:
+                self._over.wait()
+            except KeyboardInterrupt as interrupt:
+                interrupted = interrupt
+        if interrupted is not None:
+            raise interrupted
+
+    def result(self) -> int:
+        """How many rows it affected; raises what it raised."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._affected
 
 
 def _affected(connection: Any, statement: bytes) -> int:
@@ -1130,7 +1181,7 @@ def _row_literal(values: Iterable[str | bytes | int | None]) -> bytes:
     return b"(" + b", ".join(map(literal, values)) + b")"
 
 
-# Ids, types, tools and directories come again and again.
+# Ids, types and tools come again and again; they have at most 255 characters.
 _short_literal = lru_cache(maxsize=4096)(literal)
 
 
@@ -1145,7 +1196,7 @@ def _event_literal(row: EventRow) -> bytes:
         _short_literal(event.hook_type),
         _short_literal(event.parent_session_id),
         _short_literal(event.machine_id),
-        _short_literal(row.working_directory),
+        literal(row.working_directory),
         _short_literal(row.tool_name),
         literal(row.tool_use_id),
         row.data.replace(b"\\", b"\\\\").replace(b"'", b"\\'"),
@@ -1346,7 +1397,18 @@ def _login_of_file(path: str) -> dict[str, str]:
         raise ConfigurationError(f"option-file: {error}") from None
     except configparser.Error:  # whose words quote the file, which may hold a password
         raise ConfigurationError(f"option-file: {path} is no option file of MySQL") from None
-    return {name: group[name] for name in ("user", "password") if group.get(name)}
+    return {name: _option(group[name]) for name in ("user", "password") if group.get(name)}
+
+
+def _option(text: str) -> str:
+    """A value as MySQL's own programs read it from an option file."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    else:
+        text = re.split(r"\s#", text, maxsplit=1)[0].rstrip()
+    escapes = {"b": "\b", "t": "\t", "n": "\n", "r": "\r", "s": " ", "\\": "\\"}
+    return re.sub(r"\\([btnrs\\])", lambda match: escapes[match[1]], text)
 
 
 def _tls(given: dict[str, str], *, local: bool) -> dict[str, Any]:

@@ -195,12 +195,12 @@ def _keys_fit(data: dict[str, Any]) -> bool:
         below: list[Any] = []
         for node in level:
             if isinstance(node, dict):
-                for key in node:
+                for key in dict.keys(node):
                     if not isinstance(key, str):
-                        raise _fault(data, key)
+                        raise _fault(data, key, is_key=True)
                     if len(key) > _SIDECAR_KEY:
                         fits = False
-            values = node.values() if isinstance(node, dict) else node
+            values = dict.values(node) if isinstance(node, dict) else list.__iter__(node)
             below += [value for value in values if isinstance(value, dict | list)]
         level = below
     return fits
@@ -224,7 +224,8 @@ def _survey(data: dict[str, Any]) -> bool:  # noqa: C901, PLR0912  (one loop, on
             raise InvalidRecord(f"data: nested more than {MAX_DEPTH} deep")
         below: list[Any] = []
         for node in level:
-            for value in node.values() if isinstance(node, dict) else node:
+            # As orjson reads it, whatever a subclass says that it holds.
+            for value in dict.values(node) if isinstance(node, dict) else list.__iter__(node):
                 kind = type(value)
                 if kind in _PLAIN:
                     continue
@@ -247,16 +248,17 @@ def _survey(data: dict[str, Any]) -> bool:  # noqa: C901, PLR0912  (one loop, on
     return fits and depth <= _SIDECAR_DEPTH
 
 
-def _fault(data: Any, culprit: object) -> InvalidRecord:
+def _fault(data: Any, culprit: object, *, is_key: bool = False) -> InvalidRecord:
     """Say where in the payload the culprit is, and what it is."""
     stack: list[tuple[str, Any]] = [("data", data)]
     while stack:
         place, node = stack.pop()
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            if key is culprit:
+        items = dict.items(node) if isinstance(node, dict) else enumerate(list.__iter__(node))
+        for key, value in items:
+            if is_key and isinstance(node, dict) and key is culprit:
                 return InvalidRecord(f"{place}: the key {_shown(key)} is not a string")
             here = f"{place}.{_shown(key)[1:-1]}" if isinstance(key, str) else f"{place}[{key}]"
-            if value is culprit:
+            if not is_key and value is culprit:
                 if isinstance(value, float):
                     return InvalidRecord(f"{here}: JSON has no {value}")
                 hint = " (make it a list)" if isinstance(value, tuple) else ""

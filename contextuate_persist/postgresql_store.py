@@ -21,6 +21,7 @@ from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local, ssl_authorities
 from contextuate_persist.errors import (
     ConfigurationError,
+    InvalidRecord,
     SchemaError,
     StoreRefused,
     StoreUnavailable,
@@ -569,6 +570,10 @@ class RawJson(Loader):
         return bytes(data)
 
 
+class Abandoned(Exception):
+    """The client ends a COPY. The server logs this name, and no word of what was refused."""
+
+
 class NoAnswer(psycopg.OperationalError):
     """The server did not answer in time."""
 
@@ -603,7 +608,7 @@ class PostgreSQLStore(BaseStore):
     """A store in PostgreSQL 12 or newer; implements PersistenceStore."""
 
     backend: ClassVar[str] = "postgresql"
-    _chunk_bytes = 16 * 2**20  # no limit of the server: what a transaction may hold in memory
+    _chunk_bytes = 8 * 2**20  # no limit of the server: a COPY must end within statement_timeout
     _row_bytes = 4 * payload.MAX_PAYLOAD_BYTES  # nor for one row: a payload's own limit comes first
     _row_limit_setting = "the server's memory"
 
@@ -772,13 +777,23 @@ class PostgreSQLStore(BaseStore):
             return base.accept_inserted(rows, cursor.rowcount, changed)
 
     def _copy(self, cursor: psycopg.Cursor[Any], rows: list[Event]) -> None:
+        refusal: Exception | None = None
         try:
             with cursor.copy(COPY_EVENTS) as copy:
                 copy.set_types(COPY_TYPES)
-                for row in self._encoded(rows):
-                    copy.write_row(self._copied(row))
-        except pg.UniqueViolation:
-            raise base.StartOver from None
+                try:
+                    for row in self._encoded(rows):
+                        copy.write_row(self._copied(row))
+                except (InvalidRecord, base.Oversized) as error:
+                    refusal = error
+                    raise Abandoned from None
+        except Abandoned:
+            assert refusal is not None  # noqa: S101  (set where it is raised)
+            raise refusal from None
+        except pg.UniqueViolation as error:
+            if error.diag.constraint_name != "events_pkey":
+                raise
+            raise base.StartOver(repeats=True) from None
 
     def _copied(self, row: EventRow) -> tuple[Any, ...]:
         event = row.event

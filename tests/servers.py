@@ -534,9 +534,14 @@ class Server:
             url = self.url(database or "postgres")
             return psycopg.connect(url, autocommit=True, connect_timeout=5)
         parts = urlsplit(self.url(database or ""))
+        # Over the socket no TLS is needed, which takes 45 ms of each connection.
+        place: dict[str, Any] = (
+            {"unix_socket": str(self.socket_path), "ssl_disabled": True}
+            if self.socket_path
+            else {"host": parts.hostname, "port": parts.port or 3306}
+        )
         return mysql.connector.connect(
-            host=parts.hostname,
-            port=parts.port or 3306,
+            **place,
             user=self.admin_user,
             password=self.admin_password,
             database=database,

@@ -3,13 +3,18 @@ faults and other writers come in between."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
+from enum import Enum
 from typing import Any
 
 import pytest
 
 from contextuate_persist import InvalidBatch, MonitorEvent, SaveResult
-from contextuate_persist.base import CHUNK_ROWS, BaseStore
+from contextuate_persist.base import CHUNK_ROWS, BaseStore, StartOver
+from contextuate_persist.mysql_store import _Sending
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
 
@@ -174,3 +179,68 @@ def test_writers_whose_batches_share_some_events_store_each_once(database: Datab
             thread.join()
         assert sum(counts) == 4 * 5 * 40 + 40
         assert len(stored(store)) == len(set(stored(store))) == sum(counts)
+
+
+def test_repeats_that_keep_coming_are_asked_for_before_they_are_sent(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undone = 0
+
+    def count(*arguments: Any, **options: Any) -> None:
+        nonlocal undone
+        undone += 1
+        original(*arguments, **options)
+
+    original = StartOver.__init__
+    monkeypatch.setattr(StartOver, "__init__", count)
+    first = many(count=40)
+    store.save_events(first)
+    for _ in range(5):
+        assert store.save_events([*first, *many(count=40)]) == 40
+    assert undone <= 1
+    for _ in range(3):
+        assert store.save_events(many()) == MANY
+    assert undone <= 1
+
+
+def test_a_large_batch_can_be_stored_while_the_interpreter_ends(database: Database) -> None:
+    program = f"""
+import atexit
+from contextuate_persist import open_store
+from tests.test_batches import many
+store = open_store({database.url!r})
+store.init()
+atexit.register(lambda: print(store.save_events(many(data={{"text": "x" * 3000}}))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == (f"{MANY}\n", "")
+
+
+@pytest.mark.only("mysql")
+def test_ctrl_c_waits_for_the_statement_that_is_on_its_way(store: BaseStore) -> None:
+    with store._connection(transaction=False) as connection:
+        sending = _Sending(connection, b"DO SLEEP(1)")
+        main = threading.main_thread().ident
+        assert main is not None
+        timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            sending.wait()
+        assert sending._over.is_set()
+        timer.join()
+
+
+class Kind(str, Enum):
+    CALL = "tool_call"
+
+
+def test_a_text_that_is_an_enum_is_stored_by_its_value(store: BaseStore) -> None:
+    sent = event("s", event_type=Kind.CALL)
+    store.save_event(sent)
+    store.save_events([event("s", event_type=Kind.CALL), event("s", event_type=Kind.CALL)])
+    store.update_session("s", label=Kind.CALL)
+    assert store.event_counts() == {"tool_call": 3}
+    assert len(store.find_events(event_type=Kind.CALL)) == 3
+    assert store.get_session("s").label == "tool_call"  # type: ignore[union-attr]

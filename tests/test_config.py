@@ -146,6 +146,9 @@ def test_an_option_file_gives_a_login_as_text_and_nothing_else(
     others = "raw=True\nfailover=9\ntls_versions=x\nconverter_class=5\n"
     write(tmp_path / "my.cnf", f"[client]\n{login}{others}")
     works(open_store(url), database)
+    quoted = f"user = '{database.user}'  \npassword = {database.password} # the secret\n"
+    write(tmp_path / "my.cnf", f"[client]\n{quoted}")
+    works(open_store(url), database)
     for user in ("007", "[1]", "__import__('os').system('touch owned')"):
         write(tmp_path / "my.cnf", f"[client]\nuser={user}\npassword=secret\n")
         with pytest.raises(StoreRefused, match=re.escape(f"'{user}'")), open_store(url):

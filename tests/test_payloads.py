@@ -209,6 +209,7 @@ def test_subclasses_of_json_types_are_kept_as_their_plain_values() -> None:
         (Decimal(1), "data.a.b[1]: JSON has no Decimal"),
         ({7: 1}, "data.a.b[1]: the key 7 is not a string"),
         ({None: 1}, "data.a.b[1]: the key None is not a string"),
+        ({"n": None, None: 1}, "data.a.b[1]: the key None is not a string"),
     ],
 )
 def test_what_json_does_not_have_is_refused_with_its_place(value: Any, message: str) -> None:
@@ -272,3 +273,12 @@ def test_the_outline_of_a_large_payload_is_small() -> None:
         assert len(encoded.json) <= 2**20
         if encoded.exact is not None and len(encoded.exact) > 2**20:
             assert len(encoded.json) < 2**19
+
+
+def test_a_mapping_that_says_otherwise_is_taken_for_what_it_holds() -> None:
+    class Secretive(dict):  # type: ignore[type-arg]
+        def values(self) -> Any:
+            return []
+
+    with pytest.raises(InvalidRecord, match="JSON has no nan"):
+        payload.encode({"x": Secretive(y=float("nan"))})

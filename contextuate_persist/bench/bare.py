@@ -129,11 +129,18 @@ class Bare(ABC):
             (session_id,),
         )
 
+    def newest_sessions(self, limit: int) -> list[Any]:
+        return self.fetch(
+            f"SELECT {SESSION_READ} FROM sessions "
+            f"ORDER BY start_time DESC, session_id DESC LIMIT {limit}"
+        )
+
     def sessions_with_counts(self, limit: int) -> list[Any]:
+        """Sessions joined with how many events they have."""
         return self.fetch(
             f"SELECT {SESSION_READ}, "
             "(SELECT COUNT(*) FROM events AS e WHERE e.session_id = s.session_id) "
-            "FROM sessions AS s ORDER BY start_time DESC, session_id DESC LIMIT " + str(limit)
+            f"FROM sessions AS s ORDER BY start_time DESC, session_id DESC LIMIT {limit}"
         )
 
     _id: ClassVar[str]
@@ -332,11 +339,13 @@ class BareMySQL(Bare):
         names = ", ".join(self._columns)
         # Our id is 16 bytes; a file of text has it as text.
         into = f"({names})" if self._original else f"(@{names}) SET id = UUID_TO_BIN(@id)"
-        self._connection.cmd_query(
+        done = self._connection.cmd_query(
             f"LOAD DATA LOCAL INFILE '{batch.name}' INTO TABLE events "
             f"CHARACTER SET utf8mb4 {into}".encode()
         )
         batch.close()
+        if done["warning_count"]:  # it leaves out what it does not like, without an error
+            raise RuntimeError(f"LOAD DATA: {done['warning_count']} warnings")
 
     def prepare_insert(self, event: MonitorEvent) -> Any:
         values = self._values(event)

@@ -78,7 +78,9 @@ class Load:
                 session_id=session_id(number),
                 machine_id=f"machine-{number % 5}",
                 working_directory=f"/home/dev/project-{number % 40}",
-                start_time=START + number,
+                start_time=_time(
+                    number // CONCURRENT_SESSIONS * CONCURRENT_SESSIONS * SESSION_EVENTS
+                ),
                 parent_session_id=session_id(number - 1) if number % 10 == 9 else None,
                 model="claude-opus-4-5",
             )
@@ -101,7 +103,7 @@ class Load:
                     **payload,
                     "toolUseId": f"toolu_01{_scrambled(position // 2, 4):032x}"[:30],
                 }
-            timestamp = START + position * 1000 // EVENTS_PER_SECOND
+            timestamp = _time(position)
             yield MonitorEvent(
                 id=event_id(position, timestamp),
                 timestamp=timestamp,
@@ -129,6 +131,10 @@ def event_id(position: int, timestamp: int) -> str:
 def random_id(of_event: str) -> str:
     """The id that the original would give an event: a UUID of version 4, with no order."""
     return str(uuid.UUID(int=_scrambled(uuid.UUID(of_event).int, 3), version=4))
+
+
+def _time(position: int) -> int:
+    return START + position * 1000 // EVENTS_PER_SECOND
 
 
 def _session_number(position: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +154,13 @@ def crowd(threads: int, duration: float, call: Callable[[int, int], object]) -> 
     return Crowd(len(times) / taken, Latency(times), errors, [len(one.times) for one in latency])
 
 
-def batches(items: list[Any], size: int) -> Iterable[list[Any]]:
+def batches(items: list[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of this size."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def batches_of(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """The same of items that are made when they are needed."""
+    while batch := list(itertools.islice(items, size)):
+        yield batch

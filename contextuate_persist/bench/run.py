@@ -12,6 +12,7 @@ from contextuate_persist.bench.bare import bare
 from contextuate_persist.bench.scratch import scratch
 from contextuate_persist.bench.suite import Scale, Suite
 from contextuate_persist.config import open_store
+from contextuate_persist.errors import ConfigurationError
 
 #: Connections of the measured store.
 POOL_SIZE = 20
@@ -33,7 +34,8 @@ def run(
     backend = open_store(url).backend
     with scratch(backend, url) as own:
         store: Any = open_store(own, pool_size=POOL_SIZE)
-        store.apply_schema()
+        if not store.apply_schema():
+            raise ConfigurationError("the benchmark's place is not empty: nothing was measured")
         with store, contextlib.closing(bare(backend, own)) as opponent:
             suite = Suite(store, opponent, Scale.of(events), tell=tell)
             suite.run()

@@ -42,9 +42,21 @@ def _postgresql_schema(url: str, name: str) -> Iterator[str]:
         except psycopg.errors.DuplicateSchema:
             raise _left_over("schema", name) from None
         try:
-            yield url + ("&" if "?" in url else "?") + f"options=-csearch_path%3D{name}"
+            own_url = url + ("&" if "?" in url else "?") + f"options=-csearch_path%3D{name}"
+            _require_schema(own_url, name)
+            yield own_url
         finally:
             connection.execute(f"DROP SCHEMA {name} CASCADE".encode())
+
+
+def _require_schema(url: str, name: str) -> None:
+    # A pooler may swallow the option: everything would then go to somebody's own tables.
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT current_schema()").fetchone()
+    if found != (name,):
+        raise ConfigurationError(
+            "the server, or a pooler before it, ignores search_path: connect to the server itself"
+        )
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def measured(server: Server, events: int) -> Iterator[Suite]:
         open_original(backend, original_url) as original,
     ):
         store: Any = open_store(own, pool_size=POOL_SIZE)
-        store.apply_schema()
+        assert store.apply_schema()
         with store, contextlib.closing(bare(backend, own)) as opponent:
             yield Suite(
                 store,
