@@ -286,7 +286,7 @@ class PersistenceStore(Protocol):
         """Remove sessions that ended before `older_than`; returns how many.
 
         A session without an end goes by its last event, else its start. Pinned ones are kept, and a
-        tree (linked by effective parents) goes only as a whole.
+        tree (linked by effective parents, also by one that is not stored) goes only as a whole.
         """
         ...
 

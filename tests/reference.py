@@ -180,12 +180,14 @@ class ReferenceStore:
     def prune_old_sessions(self, older_than: int) -> int:
         trees = self._trees()
         due = [tree for tree in trees if all(self._due(node, older_than) for node in tree)]
-        gone = [node for tree in due for node in tree]
+        gone = [node for tree in due for node in tree if node in self.known]
         shown = sum(self.known[node].source != "reference" for node in gone)
         self._remove(gone)
         return shown
 
     def _due(self, session_id: str, older_than: int) -> bool:
+        if session_id not in self.known:
+            return True
         session = self.known[session_id].session
         latest = [event.timestamp for event in self.get_events(session_id)][-1:]
         last = session.end_time or [session.start_time, *latest][-1]
@@ -194,9 +196,8 @@ class ReferenceStore:
     def _trees(self) -> list[set[str]]:
         trees: list[set[str]] = []
         for session_id, known in self.known.items():
-            linked = {session_id}
-            if (parent := known.session.effective_parent_id) in self.known:
-                linked.add(str(parent))
+            # Also a parent that is not stored holds its children together.
+            linked = {session_id, known.session.effective_parent_id or session_id}
             touching = [tree for tree in trees if tree & linked]
             trees = [tree for tree in trees if not tree & linked]
             trees.append(linked.union(*touching))

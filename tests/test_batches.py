@@ -219,7 +219,7 @@ atexit.register(lambda: print(store.save_events(many(data={{"text": "x" * 3000}}
 
 
 @pytest.mark.only("mysql")
-def test_ctrl_c_waits_for_the_statement_that_is_on_its_way(store: BaseStore) -> None:
+def test_ctrl_c_waits_for_the_statement_that_is_on_its_way(store: BaseStore, ctrl_c: None) -> None:
     with store._connection(transaction=False) as connection:
         sending = _Sending(connection, b"DO SLEEP(1)")
         main = threading.main_thread().ident

@@ -559,7 +559,9 @@ def test_a_full_disk_is_one_line_and_status_1(database: Database, store: BaseSto
     assert done.stderr == b"contextuate-persist: error: No space left on device\n"
 
 
-def test_ctrl_c_ends_with_status_130_and_no_traceback(database: Database, store: BaseStore) -> None:
+def test_ctrl_c_ends_with_status_130_and_no_traceback(
+    database: Database, store: BaseStore, ctrl_c: None
+) -> None:
     command = [sys.executable, "-m", "contextuate_persist", "-v", "import", "-"]
     environment = {**os.environ, ENVIRONMENT_URL: database.url}
     with subprocess.Popen(
