@@ -282,3 +282,8 @@ def test_a_mapping_that_says_otherwise_is_taken_for_what_it_holds() -> None:
 
     with pytest.raises(InvalidRecord, match="JSON has no nan"):
         payload.encode({"x": Secretive(y=float("nan"))})
+
+
+def test_an_integer_that_python_itself_will_not_write_is_refused() -> None:
+    with pytest.raises(InvalidRecord, match="^data: cannot be kept: "):
+        payload.encode({"n": 10**5000})

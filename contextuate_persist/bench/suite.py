@@ -123,9 +123,10 @@ class Suite:
     def run(self) -> None:
         for chapter in (
             self.growth,
+            # Before the pool has all its connections: a daemon's one caller needs but one.
+            self.single,
             self.reads,
             self.threads,
-            self.single,
             self.ingest,
             self.retention,
         ):
