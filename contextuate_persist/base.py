@@ -89,9 +89,14 @@ class Oversized(Exception):
     """Undo a chunk: it has more bytes than a transaction should, and must be cut."""
 
 
+def is_newer(row: Event, deleted: Mapping[str, int]) -> bool:
+    """Whether the event happened after its session was deleted, if it was."""
+    return row.event.timestamp > deleted.get(row.event.session_id, 0)
+
+
 def drop_deleted(rows: list[Event], deleted: Mapping[str, int]) -> None:
     """Raise StartOver if events are not newer than the deletion of their session."""
-    remaining = [row for row in rows if row.event.timestamp > deleted.get(row.event.session_id, 0)]
+    remaining = [row for row in rows if is_newer(row, deleted)]
     if len(remaining) < len(rows):
         raise StartOver(remaining, repeats=False)
 
@@ -159,6 +164,7 @@ class BaseStore(ABC):
         self._lock = threading.Lock()
         self._opened = False
         self._repeating = False  # the events that came last were stored already, some of them
+        self._late = False  # some of them were older than the deletion of their session
         _stores.add(self)
 
     @property
@@ -304,6 +310,8 @@ class BaseStore(ABC):
     def _save_chunk(self, rows: list[Event], undelete: bool = False) -> int:
         repeats = False
         for _ in range(_CONFLICT_ATTEMPTS):
+            if rows and self._late and not undelete:
+                rows = self._without_late(rows)
             if not rows:
                 return 0
             try:
@@ -312,6 +320,7 @@ class BaseStore(ABC):
                 )
             except StartOver as again:
                 repeats = repeats or again.repeats
+                self._late = self._late or not again.repeats
                 if again.remaining is not None:
                     rows = again.remaining
                 else:
@@ -323,6 +332,19 @@ class BaseStore(ABC):
                 if repeats:
                     self._repeating = True
         raise StoreUnavailable(f"{self._place}: others keep storing and deleting the same events")
+
+    def _without_late(self, rows: list[Event]) -> list[Event]:
+        """The events that no deletion forbids, asked before anything is locked.
+
+        Only a hint, and only while late events come: a session may be deleted at any moment until
+        its lock is held. But to find them only then undoes sessions that others wait for, and on
+        MySQL each of those waits then ends in a deadlock: 400 among 1,020 calls of 16 threads
+        that write and delete the same six sessions, instead of 4.
+        """
+        ids = list({row.event.session_id for row in rows})
+        deleted = self._run(partial(self._select_deletions, ids=ids))
+        self._late = bool(deleted)
+        return [row for row in rows if is_newer(row, deleted)]
 
     def _drop_known(self, connection: Any, rows: list[Event], changed: int) -> list[Event]:
         """In a transaction, once the sessions are locked: the events that are not stored yet.
@@ -735,6 +757,7 @@ class BaseStore(ABC):
         or deleted, what the second try finds done.
         """
         attempt = 0
+        first = time.monotonic()
         while True:
             self._check_open()
             attempt += 1
@@ -750,7 +773,9 @@ class BaseStore(ABC):
                     raise
                 if fault is Fault.LOST and time.monotonic() - started > self._statement_timeout:
                     fault = Fault.TIMEOUT  # it was given up: once is enough to wait that long
-                if attempt >= _ATTEMPTS.get(fault, 1):
+                # Whoever is chosen to give way must come through as surely as who waits for a lock.
+                patient = fault is Fault.CONFLICT and started - first < self._lock_timeout
+                if attempt >= _ATTEMPTS.get(fault, 1) and not patient:
                     raise self._error(fault, error) from error
                 if fault is Fault.LOST:
                     self._discard_dead()

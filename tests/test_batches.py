@@ -10,9 +10,11 @@ import threading
 from enum import Enum
 from typing import Any
 
+import mysql.connector
+import psycopg
 import pytest
 
-from contextuate_persist import InvalidBatch, MonitorEvent, SaveResult
+from contextuate_persist import InvalidBatch, MonitorEvent, SaveResult, StoreUnavailable
 from contextuate_persist.base import CHUNK_ROWS, BaseStore, StartOver
 from contextuate_persist.mysql_store import _Sending
 from tests.builders import T0, event, session
@@ -203,6 +205,58 @@ def test_repeats_that_keep_coming_are_asked_for_before_they_are_sent(
     assert undone <= 1
 
 
+def test_late_events_that_keep_coming_are_asked_for_before_anything_is_locked(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = many(count=20)
+    store.save_events(late)
+    store.delete_session("s")
+    chunks = 0
+
+    def count(*arguments: Any, **options: Any) -> int:
+        nonlocal chunks
+        chunks += 1
+        return original(*arguments, **options)
+
+    original = store._insert_events
+    monkeypatch.setattr(store, "_insert_events", count)
+    for _ in range(5):
+        assert store.save_events(late) == 0
+        assert store.save_event(late[0]) is False
+    assert chunks == 1
+    assert store.save_events([*late, event("other", T0)]) == 1
+    assert store.save_events(late, undelete=True) == 20
+    assert len(stored(store)) == 21
+
+
+def test_who_gives_way_in_deadlocks_tries_as_long_as_who_waits_for_a_lock(
+    backend: str, database: Database
+) -> None:
+    deadlock = (
+        psycopg.errors.DeadlockDetected()
+        if backend == "postgresql"
+        else mysql.connector.InternalError(errno=1213)
+    )
+    tries = 0
+
+    def work(connection: Any) -> str:
+        nonlocal tries
+        tries += 1
+        if tries < 20:
+            raise deadlock
+        return "through"
+
+    with make_store(database.url) as patient:
+        assert patient._run(work) == "through"
+    tries = -100
+    with (
+        make_store(database.url, lock_timeout=0.1) as hasty,
+        pytest.raises(StoreUnavailable, match=r"."),
+    ):
+        hasty._run(work)
+    assert tries < 0
+
+
 def test_a_large_batch_can_be_stored_while_the_interpreter_ends(database: Database) -> None:
     program = f"""
 import atexit
@@ -244,3 +298,29 @@ def test_a_text_that_is_an_enum_is_stored_by_its_value(store: BaseStore) -> None
     assert store.event_counts() == {"tool_call": 3}
     assert len(store.find_events(event_type=Kind.CALL)) == 3
     assert store.get_session("s").label == "tool_call"  # type: ignore[union-attr]
+
+
+@pytest.mark.only("postgresql")
+def test_what_another_unique_index_refuses_is_not_taken_for_a_repeat(
+    database: Database, store: BaseStore
+) -> None:
+    database.execute("CREATE UNIQUE INDEX of_an_administrator ON events (tool_use_id)")
+    try:
+        events = many(count=20, data={"toolUseId": "the same"})
+        result = store.save_events(events, on_error="skip")
+    finally:
+        database.execute("DROP INDEX of_an_administrator")
+    assert isinstance(result, SaveResult)
+    assert (result.stored, len(result.refused)) == (1, 19)
+    assert "of_an_administrator" in result.refused[0].reason
+
+
+def test_a_batch_that_others_keep_changing_is_given_up_in_the_end(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_over(*_: Any, **__: Any) -> int:
+        raise StartOver(repeats=True)
+
+    monkeypatch.setattr(store, "_insert_events", start_over)
+    with pytest.raises(StoreUnavailable, match="others keep storing"):
+        store.save_events(many(count=2))
