@@ -25,6 +25,9 @@ TOOLS = ("Bash", "Read", "Edit", "Grep", "Write", "Glob", "TodoWrite", "WebFetch
 _PAYLOADS = 4000
 _HUGE = {1000: 100_000, 3000: 100_000, 3999: 700_000}  # sizes in bytes of some of them
 _MEDIAN_BYTES, _SPREAD = 1450, 1.1
+# How often a text goes on with so many of its own words: then payloads above 2 kB compress as
+# recorded ones do, to 0.40 of their size by lz4, 0.36 by pglz (recorded: 0.38, 0.36).
+_AGAIN, _AGAIN_WORDS = 0.1, 12
 
 # What tools print and files hold: words that recur, names that do not, and what SQL and drivers
 # stumble over.
@@ -200,9 +203,13 @@ def _text(rng: random.Random, words: list[str], size: int) -> str:
     parts: list[str] = []
     left = size
     while left > 0:
-        word = f"{rng.getrandbits(40):x}" if rng.random() < 0.12 else rng.choice(words)
-        parts.append(word)
-        if rng.random() < 0.1:
-            parts.append("\n" + " " * rng.choice((0, 2, 4, 8)))
-        left -= len(word.encode()) + 1
+        if len(parts) > _AGAIN_WORDS and rng.random() < _AGAIN:
+            start = rng.randrange(len(parts) - _AGAIN_WORDS)
+            again = parts[start : start + _AGAIN_WORDS]
+        else:
+            again = [f"{rng.getrandbits(40):x}" if rng.random() < 0.12 else rng.choice(words)]
+            if rng.random() < 0.1:
+                again.append("\n" + " " * rng.choice((0, 2, 4, 8)))
+        parts += again
+        left -= len(" ".join(again).encode()) + 1
     return " ".join(parts)
