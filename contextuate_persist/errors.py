@@ -8,7 +8,9 @@ PersistenceError
 ├── SchemaError           the database's schema is missing, too old, too new or altered
 ├── StoreClosed           the store was used before init() or after close()
 ├── StoreUnavailable      no answer in time: not reachable, connection lost, lock or pool wait over
-└── StoreRefused          the server understood and said no: privileges, disk full, read-only
+├── StoreRefused          the server understood and said no: privileges, disk full, read-only
+└── SpoolError            the local queue cannot keep what it is given: its disk fails
+    └── SpoolFull         it has reached its limit: the database has been away for too long
 """
 
 from __future__ import annotations
@@ -88,3 +90,11 @@ class StoreUnavailable(PersistenceError):
 
 class StoreRefused(PersistenceError):
     """The server understood and said no: privileges, a full disk, a read-only server."""
+
+
+class SpoolError(PersistenceError):
+    """The local queue cannot keep what it is given; the message names its directory and why."""
+
+
+class SpoolFull(SpoolError):
+    """The local queue has reached its limit: nothing is dropped, so nothing more is taken."""

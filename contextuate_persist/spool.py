@@ -1,0 +1,347 @@
+"""The local durable queue: numbered records in files that only grow, flushed in groups.
+
+Not SQLite: in groups of 100 events of 2.4 kB these files take 6 µs for each, flushed and
+acknowledged, where SQLite in WAL mode takes 19 (in groups of 10: 26 and 45; of 1000: 4 and 31). And
+a page that the disk has lost costs the records on it, not the queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import secrets
+import struct
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from contextuate_persist.errors import ConfigurationError, SpoolError
+
+log = logging.getLogger(__name__)
+
+#: A file of this many bytes gets a successor; it goes when all its records are done with.
+SEGMENT_BYTES = 16 * 2**20
+
+# Before each record: the mark of its file, a checksum of all that follows it, the length of the
+# body, the record's number, and when it was accepted (Unix ms). The mark is random, so that no
+# payload can hold what looks like a record to a reader who has lost his place.
+_HEADER = struct.Struct(">8sIIQQ")
+_CHECKED_FROM = 12  # where in the header the checksum begins
+_NAME = re.compile(r"(\d{20})-([0-9a-f]{16})\.log")
+
+
+class Record(NamedTuple):
+    """One entry of the queue."""
+
+    number: int
+    accepted: int
+    body: bytes
+
+
+@dataclass
+class _Segment:
+    path: Path
+    mark: bytes
+    last: int = 0
+    size: int = 0
+
+
+class SpoolState(NamedTuple):
+    """What lies in a spool: records that are not done with, bytes on disk, the oldest's time."""
+
+    records: int
+    bytes: int
+    oldest: int | None
+
+
+class Spool:
+    """Records on disk, appended at one end, read and acknowledged at the other.
+
+    One thread may append while another reads and acknowledges. A record that `append` has returned
+    for survives `kill -9` and power loss; an acknowledgement survives the first only, so after the
+    second some records may come again.
+    """
+
+    def __init__(self, directory: str | Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self.directory = Path(directory)
+        self.acknowledged = 0
+        self.last = 0
+        self.size = 0  # bytes on disk
+        self.damages: list[str] = []
+        self._segment_bytes = segment_bytes
+        self._files = threading.Lock()  # held to change the list of them
+        self._segments: list[_Segment] = []
+        self._writing: int | None = None
+        self._locking: int | None = None
+        self._marking: int | None = None
+        self._place: tuple[int, Path | None, int] = (0, None, 0)  # a number, and where it ends
+
+    def open(self) -> int:
+        """Take the spool for this process; returns how many records lie in it.
+
+        Raises ConfigurationError while another process has it, SpoolError if it cannot be used.
+        """
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock()
+            self._marking = os.open(self.directory / "acknowledged", os.O_RDWR | os.O_CREAT, 0o600)
+            self.acknowledged = self.last = _read_number(self._marking)
+            records = sum(map(self._scan, _segments_of(self.directory)))
+            self._remove_finished()
+        except OSError as error:
+            self.close()
+            raise SpoolError(f"{self.directory}: {error.strerror or error}") from error
+        except BaseException:
+            self.close()
+            raise
+        return records
+
+    def close(self) -> None:
+        """Let go of the spool; what is in it stays."""
+        with self._files:
+            self._end_segment()
+            with contextlib.suppress(OSError):
+                self._remove_finished()
+            self._let_go()
+
+    def forget(self) -> None:
+        """In a forked child: the spool is the parent's."""
+        self._files = threading.Lock()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for descriptor in (self._writing, self._marking, self._locking):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._writing = self._marking = self._locking = None
+        self._segments = []
+        self.size = 0
+        self._place = (0, None, 0)
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Write records, numbered upwards, and wait until the disk has them; raises OSError."""
+        with self._files:
+            segment = self._current()
+        pieces: list[bytes] = []
+        for number, accepted, body in records:
+            head = _HEADER.pack(segment.mark, 0, len(body), number, accepted)[_CHECKED_FROM:]
+            checksum = zlib.crc32(body, zlib.crc32(head))
+            pieces += (segment.mark, checksum.to_bytes(4, "big"), head, body)
+        data = b"".join(pieces)
+        assert self._writing is not None  # noqa: S101  (opened by _current)
+        try:
+            _write(self._writing, data)
+            os.fdatasync(self._writing)
+        except OSError:
+            # What the disk has now, nobody knows: this file is over, the records go to the next.
+            with self._files:
+                self._end_segment(truncate=segment.size)
+            raise
+        with self._files:
+            segment.size += len(data)
+            self.size += len(data)
+            segment.last = self.last = records[-1].number
+
+    def read(self, after: int, most_bytes: int, overhead: int = 0) -> list[Record]:
+        """Records behind a number, in order, of about so many bytes but at least one; else none.
+
+        Each counts with its body and the overhead that its reader has with it.
+        What cannot be read is left out, and named in `damages`.
+        """
+        for segment in [*self._segments]:
+            if segment.last <= after:
+                continue
+            place = self._place
+            start = place[2] if place[:2] == (after, segment.path) else 0
+            try:
+                with segment.path.open("rb") as file:
+                    file.seek(start)
+                    data = file.read(segment.size - start)
+            except OSError as error:
+                self._report(f"{segment.path.name}: {error.strerror or error}")
+                continue
+            found: list[Record] = []
+            size = 0
+            for record, end in _records(data, segment.mark):
+                if record.number > after:
+                    found.append(record)
+                    self._place = (record.number, segment.path, start + end)
+                    size += len(record.body) + overhead
+                    if size >= most_bytes:
+                        break
+            if found:
+                return found
+        return []
+
+    def acknowledge(self, number: int) -> None:
+        """Be done with all records up to this number."""
+        with self._files:
+            if self._marking is None:  # closed: all this comes again
+                return
+            self.acknowledged = max(self.acknowledged, number)
+            try:
+                os.pwrite(self._marking, b"%020d\n" % self.acknowledged, 0)
+                self._remove_finished()
+            except OSError as error:
+                log.warning("spool %s: %s; some records may come again", self.directory, error)
+
+    # --- Files ------------------------------------------------------------------------------------
+
+    def _lock(self) -> None:
+        path = self.directory / "lock"
+        self._locking = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._locking, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._locking, 20, 0).decode("ascii", "replace").strip()
+            raise ConfigurationError(
+                f"spool: process {owner or '?'} works on {self.directory}; "
+                "give this writer a directory of its own"
+            ) from None
+        os.truncate(self._locking, 0)
+        os.pwrite(self._locking, b"%d\n" % os.getpid(), 0)
+
+    def _scan(self, segment: _Segment) -> int:
+        """Learn what a file holds; put what is unreadable aside, where somebody may look at it."""
+        data = segment.path.read_bytes()
+        segment.size = len(data)
+        damages: list[tuple[int, int]] = []
+        fresh = 0
+        for record, _ in _records(data, segment.mark, damages):
+            segment.last = record.number
+            # A file that failed at its end may have records that the next has, too.
+            if record.number > self.last:
+                fresh += 1
+                self.last = record.number
+        for start, end in damages:
+            self._report(f"{segment.path.name}: {end - start:,} bytes from {start:,} on")
+            aside = self.directory / "damaged"
+            aside.mkdir(mode=0o700, exist_ok=True)
+            (aside / f"{segment.path.name}-{start}").write_bytes(data[start:end])
+        self._segments.append(segment)
+        self.size += segment.size
+        return fresh
+
+    def _report(self, damage: str) -> None:
+        self.damages.append(damage)
+        log.warning("spool %s: unreadable: %s", self.directory, damage)
+
+    def _current(self) -> _Segment:
+        """The file to write to; it is never one of an earlier process, whose end may be torn."""
+        if self._writing is not None and self._segments[-1].size >= self._segment_bytes:
+            self._end_segment()
+        if self._writing is None:
+            mark = secrets.token_bytes(8)
+            path = self.directory / f"{self.last + 1:020d}-{mark.hex()}.log"
+            self._writing = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            self._segments.append(_Segment(path, mark))
+            _sync_directory(self.directory)
+        return self._segments[-1]
+
+    def _end_segment(self, truncate: int | None = None) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with contextlib.suppress(OSError):
+                if truncate is not None:
+                    os.truncate(writing, truncate)
+            os.close(writing)
+
+    def _remove_finished(self) -> None:
+        while self._segments and self._segments[0].last <= self.acknowledged:
+            if len(self._segments) == 1 and self._writing is not None:
+                return
+            segment = self._segments.pop(0)
+            segment.path.unlink(missing_ok=True)
+            self.size -= segment.size
+
+
+def spool_state(directory: str | Path) -> SpoolState:
+    """Look into a spool without taking it; raises SpoolError if there is something in the way."""
+    directory = Path(directory)
+    records, size, oldest = 0, 0, None
+    try:
+        acknowledged = 0
+        with contextlib.suppress(FileNotFoundError):
+            acknowledged = _number((directory / "acknowledged").read_bytes())
+        for segment in _segments_of(directory):
+            try:
+                data = segment.path.read_bytes()
+            except FileNotFoundError:  # the process that has the spool is done with it
+                continue
+            size += len(data)
+            for record, _ in _records(data, segment.mark):
+                if record.number > acknowledged:
+                    records += 1
+                    oldest = min(record.accepted, oldest or record.accepted)
+    except OSError as error:
+        raise SpoolError(f"{directory}: {error.strerror or error}") from error
+    return SpoolState(records, size, oldest)
+
+
+def _segments_of(directory: Path) -> list[_Segment]:
+    names = sorted(os.listdir(directory)) if directory.is_dir() else []
+    found = ((directory / name, _NAME.fullmatch(name)) for name in names)
+    return [_Segment(path, bytes.fromhex(match[2])) for path, match in found if match]
+
+
+def _records(
+    data: bytes, mark: bytes, damages: list[tuple[int, int]] | None = None
+) -> Iterator[tuple[Record, int]]:
+    """The records in a file, each with its end; what is unreadable between them goes to damages."""
+    position = 0
+    while position < len(data):
+        record, end = _record_at(data, position, mark)
+        if record is not None:
+            yield record, end
+        else:
+            found = data.find(mark, position + 1)
+            end = len(data) if found < 0 else found
+            if damages is not None:
+                # Several in a row are one damage: a mark whose record is broken ends none.
+                if damages and damages[-1][1] == position:
+                    damages[-1] = (damages[-1][0], end)
+                else:
+                    damages.append((position, end))
+        position = end
+
+
+def _record_at(data: bytes, position: int, mark: bytes) -> tuple[Record | None, int]:
+    start = position + _HEADER.size
+    if start > len(data):
+        return None, 0
+    found, checksum, length, number, accepted = _HEADER.unpack_from(data, position)
+    end = start + length
+    if found != mark or end > len(data):
+        return None, 0
+    if zlib.crc32(memoryview(data)[position + _CHECKED_FROM : end]) != checksum:
+        return None, 0
+    return Record(number, accepted, data[start:end]), end
+
+
+def _read_number(descriptor: int) -> int:
+    return _number(os.pread(descriptor, 32, 0))
+
+
+def _number(text: bytes) -> int:
+    """What an acknowledgement says; one that is unreadable says nothing, and all comes again."""
+    return int(text) if re.fullmatch(rb"\d{20}\n", text) else 0
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,295 @@
+"""The local queue: what was appended is there after any end of the process, and only once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contextuate_persist import ConfigurationError, SpoolError
+from contextuate_persist.spool import Record, Spool, spool_state
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "spool"
+
+
+def opened(directory: Path, **options: int) -> Spool:
+    spool = Spool(directory, **options)
+    spool.open()
+    return spool
+
+
+def records(first: int, count: int, size: int = 20) -> list[Record]:
+    return [Record(n, 1_000 + n, b"%d-" % n + b"x" * size) for n in range(first, first + count)]
+
+
+def everything(spool: Spool, after: int = 0, most_bytes: int = 1000) -> list[Record]:
+    found: list[Record] = []
+    while more := spool.read(found[-1].number if found else after, most_bytes):
+        found += more
+    return found
+
+
+def segments(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.log"))
+
+
+def test_records_come_back_in_order_also_after_a_reopening(directory: Path) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 10))
+    spool.append(records(11, 5))
+    assert everything(spool) == records(1, 15)
+    assert everything(spool, after=12) == records(13, 3)
+    spool.close()
+    again = Spool(directory)
+    assert again.open() == 15
+    assert (again.last, again.acknowledged) == (15, 0)
+    assert everything(again) == records(1, 15)
+    again.append(records(16, 1))
+    assert everything(again) == records(1, 16)
+    again.close()
+
+
+@given(
+    st.lists(st.lists(st.binary(max_size=300), min_size=1, max_size=5), max_size=8),
+    st.integers(1, 700),
+)
+def test_whatever_bytes_come_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[list[bytes]], most: int
+) -> None:
+    directory = tmp_path_factory.mktemp("spool")
+    spool = opened(directory, segment_bytes=500)
+    number = 0
+    expected: list[Record] = []
+    for group in groups:
+        part = [Record(number + i + 1, 7, body) for i, body in enumerate(group)]
+        number += len(part)
+        expected += part
+        spool.append(part)
+    assert everything(spool, most_bytes=most) == expected
+    spool.close()
+    again = opened(directory)
+    assert everything(again, most_bytes=most) == expected
+    again.close()
+
+
+def test_what_is_acknowledged_does_not_come_again_and_its_files_go(directory: Path) -> None:
+    spool = opened(directory, segment_bytes=1000)
+    for first in range(1, 101, 10):
+        spool.append(records(first, 10))
+    before, size = len(segments(directory)), spool.size
+    assert size == sum(path.stat().st_size for path in segments(directory))
+    spool.acknowledge(75)
+    assert len(segments(directory)) < before
+    assert spool.size == sum(path.stat().st_size for path in segments(directory)) < size
+    spool.close()
+    again = Spool(directory)
+    assert again.open() == 25
+    assert everything(again, after=again.acknowledged) == records(76, 25)
+    again.acknowledge(100)
+    again.close()
+    assert segments(directory) == []
+
+
+def test_an_empty_spool_goes_on_counting(directory: Path) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 3))
+    spool.acknowledge(3)
+    spool.close()
+    again = Spool(directory)
+    assert again.open() == 0
+    assert again.last == 3
+    again.close()
+
+
+def test_a_torn_end_costs_what_was_never_safe(directory: Path) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 5))
+    spool.close()
+    [path] = segments(directory)
+    whole = path.read_bytes()
+    for cut in (1, 10, 30, 40):
+        path.write_bytes(whole[:-cut])
+        again = Spool(directory)
+        assert again.open() == 4
+        assert everything(again) == records(1, 4)
+        again.append(records(5, 1, size=5))
+        assert everything(again) == [*records(1, 4), *records(5, 1, size=5)]
+        again.close()
+        for extra in segments(directory)[1:]:
+            extra.unlink()
+
+
+def test_a_lost_page_costs_its_records_and_lies_aside(directory: Path) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 300, size=100))
+    spool.close()
+    [path] = segments(directory)
+    data = bytearray(path.read_bytes())
+    data[8192:12288] = bytes(4096)
+    path.write_bytes(data)
+    again = Spool(directory)
+    count = again.open()
+    found = everything(again)
+    assert len(found) == count
+    assert 260 < count < 300
+    assert found == [one for one in records(1, 300, size=100) if one in found]
+    [damage] = again.damages
+    assert path.name in damage
+    [aside] = (directory / "damaged").iterdir()
+    assert bytes(4096) in aside.read_bytes()
+    again.close()
+
+
+def test_every_single_wrong_byte_costs_one_record_at_most(directory: Path) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 4))
+    spool.close()
+    [path] = segments(directory)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 0x55
+        path.write_bytes(data)
+        again = Spool(directory)
+        again.open()
+        found = everything(again)
+        assert len(found) >= 3
+        assert all(one in records(1, 4) for one in found)
+        again.close()
+
+
+def test_a_body_that_looks_like_records_is_no_record_even_where_one_is_lost(
+    directory: Path, tmp_path: Path
+) -> None:
+    other = opened(tmp_path / "other")
+    other.append([Record(66, 1, b"forged")])
+    other.close()
+    [forged] = segments(tmp_path / "other")
+    spool = opened(directory)
+    spool.append([Record(1, 1, forged.read_bytes()), Record(2, 1, b"good")])
+    spool.close()
+    [path] = segments(directory)
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1  # the mark of the first: what is inside is read on its own
+    path.write_bytes(data)
+    again = Spool(directory)
+    again.open()
+    assert everything(again) == [Record(2, 1, b"good")]
+    again.close()
+
+
+@pytest.mark.parametrize("text", [b"", b"rubbish", b"-0000000000000000005\n"])
+def test_without_a_readable_acknowledgement_everything_comes_again(
+    directory: Path, text: bytes
+) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 3))
+    spool.acknowledge(2)
+    spool.close()
+    (directory / "acknowledged").write_bytes(text)
+    again = Spool(directory)
+    assert again.open() == 3
+    again.close()
+
+
+def test_a_second_process_is_refused_while_the_first_works(directory: Path) -> None:
+    spool = opened(directory)
+    program = f"""
+import sys
+from contextuate_persist.spool import Spool
+try:
+    Spool({str(directory)!r}).open()
+except Exception as error:
+    sys.exit(f"{{type(error).__name__}}: {{error}}")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"ConfigurationError: spool: process {os.getpid()} works on")
+    spool.close()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0
+
+
+def test_a_second_spool_of_one_process_is_refused_too(directory: Path) -> None:
+    spool = opened(directory)
+    with pytest.raises(ConfigurationError, match="directory of its own"):
+        Spool(directory).open()
+    spool.append(records(1, 1))
+    spool.close()
+
+
+def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpoolError, match=r"file/spool: Not a directory"):
+        Spool(tmp_path / "file" / "spool").open()
+    with pytest.raises(SpoolError, match="file/x: Not a directory"):
+        spool_state(tmp_path / "file" / "x")
+
+
+def test_after_a_failed_write_the_same_records_go_to_another_file(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that failed may hold them nevertheless: they still come once."""
+    spool = opened(directory)
+    spool.append(records(1, 2))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", full)
+        patch.setattr(os, "truncate", broken)
+        with pytest.raises(OSError, match="No space"):
+            spool.append(records(3, 2))
+    assert everything(spool) == records(1, 2)
+    spool.append(records(3, 3))
+    assert everything(spool) == records(1, 5)
+    spool.close()
+    again = Spool(directory)
+    assert again.open() == 5
+    assert everything(again) == records(1, 5)
+    again.close()
+
+
+def test_a_file_that_somebody_has_removed_is_reported(directory: Path) -> None:
+    spool = opened(directory, segment_bytes=100)
+    spool.append(records(1, 5))
+    spool.append(records(6, 5))
+    segments(directory)[0].unlink()
+    assert everything(spool) == records(6, 5)
+    assert "No such file" in spool.damages[0]
+    spool.acknowledge(10)
+    spool.close()
+
+
+def test_the_state_tells_what_waits_without_taking_the_spool(directory: Path) -> None:
+    assert spool_state(directory) == (0, 0, None)
+    spool = opened(directory)
+    spool.append(records(1, 5))
+    spool.acknowledge(2)
+    assert spool_state(directory) == (3, spool.size, 1003)
+    spool.close()
+    assert spool_state(directory).records == 3
+
+
+def test_the_files_are_for_their_owner_only(directory: Path) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 1))
+    spool.close()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    for path in directory.iterdir():
+        assert path.stat().st_mode & 0o077 == 0, path
