@@ -5,7 +5,7 @@
 
 import logging
 
-from contextuate_persist.aio import AsyncStore
+from contextuate_persist.aio import AsyncEventWriter, AsyncReceipt, AsyncStore
 from contextuate_persist.config import open_store
 from contextuate_persist.errors import (
     ConfigurationError,
@@ -15,6 +15,8 @@ from contextuate_persist.errors import (
     Refusal,
     SchemaError,
     SessionNotFound,
+    SpoolError,
+    SpoolFull,
     StoreClosed,
     StoreRefused,
     StoreUnavailable,
@@ -29,20 +31,27 @@ from contextuate_persist.model import (
     SessionStatus,
     TokenUsage,
 )
+from contextuate_persist.policy import PayloadPolicy
 from contextuate_persist.protocol import PersistenceStore
+from contextuate_persist.writer import EventWriter, Receipt, WriterHealth
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AsyncEventWriter",
+    "AsyncReceipt",
     "AsyncStore",
     "ConfigurationError",
     "Cursor",
+    "EventWriter",
     "Health",
     "InvalidBatch",
     "InvalidRecord",
     "MonitorEvent",
+    "PayloadPolicy",
     "PersistenceError",
     "PersistenceStore",
+    "Receipt",
     "Refusal",
     "SaveResult",
     "SchemaError",
@@ -50,10 +59,13 @@ __all__ = [
     "SessionNode",
     "SessionNotFound",
     "SessionStatus",
+    "SpoolError",
+    "SpoolFull",
     "StoreClosed",
     "StoreRefused",
     "StoreUnavailable",
     "TokenUsage",
+    "WriterHealth",
     "open_store",
 ]
 

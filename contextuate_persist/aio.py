@@ -1,8 +1,9 @@
-"""The store for asyncio: PersistenceStore's methods, each done in a thread of the store's own."""
+"""The store and the writer for asyncio: the same methods, each done in threads of their own."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from contextuate_persist.base import BaseStore
-from contextuate_persist.errors import StoreClosed
+from contextuate_persist.errors import SpoolError, SpoolFull, StoreClosed
 from contextuate_persist.model import (
     Cursor,
     Health,
@@ -26,6 +27,7 @@ from contextuate_persist.model import (
     SessionStatus,
 )
 from contextuate_persist.protocol import PersistenceStore
+from contextuate_persist.writer import EventWriter, Receipt, WriterHealth
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -319,10 +321,136 @@ class AsyncStore:
         return await loop.run_in_executor(threads, copy_context().run, begin)
 
 
-# What the protocol documents is said there only: help() and the reference find it here, too.
-for _name, _method in vars(AsyncStore).items():
-    if not _name.startswith("_"):
-        _method.__doc__ = _method.__doc__ or getattr(PersistenceStore, _name).__doc__
+class AsyncReceipt:
+    """A `Receipt` for asyncio."""
+
+    __slots__ = ("_receipt",)
+
+    def __init__(self, receipt: Receipt) -> None:
+        self._receipt = receipt
+
+    def __repr__(self) -> str:
+        return repr(self._receipt).replace("<", "<Async", 1)
+
+    @property
+    def number(self) -> int:
+        """Its place in the queue."""
+        return self._receipt.number
+
+    @property
+    def safe(self) -> bool:
+        return self._receipt.safe
+
+    @property
+    def stored(self) -> bool:
+        return self._receipt.stored
+
+    @property
+    def refusal(self) -> str | None:
+        return self._receipt.refusal
+
+    async def wait_safe(self) -> bool:
+        """Wait until it is safe; False if the writer is closed before that."""
+        await _called(self._receipt.on_safe)
+        return self.safe
+
+    async def wait_stored(self) -> bool:
+        """Wait until it is stored; False if the writer is closed before that."""
+        await _called(self._receipt.on_stored)
+        return self.stored
+
+
+class AsyncEventWriter:
+    """An `EventWriter` for asyncio: `async with AsyncEventWriter(EventWriter(store)) as writer:`.
+
+    The given writer belongs to the facade, which opens and closes it.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        """Take a writer that is not open yet."""
+        self._writer = writer
+
+    def __repr__(self) -> str:
+        return f"<AsyncEventWriter of {self._writer!r}>"
+
+    async def init(self) -> None:
+        await _in_thread(self._writer.init)
+
+    async def flush(self, timeout: float | None = None) -> int:
+        return await _in_thread(partial(self._writer.flush, timeout))
+
+    async def close(self, timeout: float | None = 10.0) -> int:
+        return await _in_thread(partial(self._writer.close, timeout))
+
+    async def __aenter__(self) -> Self:
+        await self.init()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def put(self, event: MonitorEvent, *, timeout: float | None = None) -> AsyncReceipt:
+        return await self._put(partial(self._writer.put, event), timeout)
+
+    async def put_session(
+        self, session: SessionMeta, *, timeout: float | None = None
+    ) -> AsyncReceipt:
+        return await self._put(partial(self._writer.put_session, session), timeout)
+
+    async def update_session(
+        self, session_id: str, *, timeout: float | None = None, **fields: Unpack[SessionFields]
+    ) -> AsyncReceipt:
+        put = partial(self._writer.update_session, session_id, **fields)
+        return await self._put(put, timeout)
+
+    async def _put(self, put: Callable[..., Receipt], timeout: float | None) -> AsyncReceipt:
+        try:
+            return AsyncReceipt(put(timeout=0))
+        except SpoolFull:
+            raise
+        except SpoolError:  # memory is full: the loop must not wait for room, a thread may
+            return AsyncReceipt(await _in_thread(partial(put, timeout=timeout)))
+
+    def health(self) -> WriterHealth:
+        return self._writer.health()
+
+
+# What is documented at the twins for threads is said there only: help() and the reference find it
+# here, too.
+for _class, _twin in (
+    (AsyncStore, PersistenceStore),
+    (AsyncEventWriter, EventWriter),
+    (AsyncReceipt, Receipt),
+):
+    for _name, _method in vars(_class).items():
+        if not _name.startswith("_"):
+            _method.__doc__ = _method.__doc__ or getattr(_twin, _name).__doc__
+
+
+async def _called(register: Callable[[Callable[[object], object]], None]) -> None:
+    """Wait for a callback that comes from another thread."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def done() -> None:
+        if not future.done():  # cancelled, perhaps
+            future.set_result(None)
+
+    def called(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(done)
+
+    register(called)
+    await future
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await asyncio.wrap_future(_start_thread(work, "contextuate_persist-writer"))
 
 
 def _start_thread(work: Callable[[], T], name: str) -> Future[T]:

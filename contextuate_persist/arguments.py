@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import threading
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,8 +123,51 @@ def make_parser() -> argparse.ArgumentParser:
     recent = command("recent", "show the newest events of all sessions, newest first")
     recent.add_argument("--limit", metavar="N", type=_limit, default=20, help="how many (20)")
     command("status", "ask the database how it is")
+    _add_spool(command("spool", "what waits on this machine for the database: see it, store it"))
+    _add_dead(command("dead", "what was set aside since no database takes it: see it, try again"))
     _add_bench(command("bench", "measure a server, in a schema or database of its own there"))
     return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of seconds")
+    return seconds
+
+
+def _add_directory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--directory",
+        metavar="DIR",
+        type=Path,
+        help="the writer's spool (environment: CONTEXTUATE_SPOOL; else below ~/.contextuate)",
+    )
+
+
+def _add_spool(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        choices=["status", "replay"],
+        help="say what lies there; or store it, while no daemon does",
+    )
+    _add_directory(parser)
+    parser.add_argument(
+        "--timeout", metavar="S", type=_seconds, default=600.0, help="for replay, seconds (600)"
+    )
+
+
+def _add_dead(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        choices=["list", "show", "replay"],
+        help="list them; show some whole, as JSON; store them, where the reason is gone",
+    )
+    parser.add_argument("ids", nargs="*", metavar="ID", help="which (replay: all without any)")
+    _add_directory(parser)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -283,6 +283,24 @@ class BaseStore(ABC):
             raise InvalidBatch(refused, stored=stored)
         return stored
 
+    def save_rows(self, rows: Sequence[EventRow]) -> SaveResult:
+        """Store events that are encoded already, in their order; `refused` has their positions.
+
+        For the writer, which encodes an event when it takes it.
+        """
+        self._check_open()
+        wanted: dict[str, EventRow] = {}
+        refused: list[Refusal] = []
+        for position, row in enumerate(rows):
+            if row.size > self._row_bytes:
+                refused.append(Refusal(position, row.id, self._too_large(row)))
+            else:
+                wanted.setdefault(row.id, row._replace(position=position))
+        stored = 0
+        for chunk in self._chunks([*wanted.values()]):
+            stored += self._bisect(chunk, False, refused)
+        return SaveResult(stored=stored, refused=tuple(refused))
+
     def _chunks(self, rows: list[EventRow]) -> Iterator[list[EventRow]]:
         chunk: list[EventRow] = []
         size = 0
@@ -377,11 +395,14 @@ class BaseStore(ABC):
     def _encode(self, checked: CheckedEvent) -> EventRow:
         row = records.encode_event(checked)
         if row.size > self._row_bytes:
-            raise InvalidRecord(
-                f"data: {row.size:,} bytes with its row, this server takes {self._row_bytes:,} "
-                f"(raise {self._row_limit_setting})"
-            )
+            raise InvalidRecord(self._too_large(row))
         return row
+
+    def _too_large(self, row: EventRow) -> str:
+        return (
+            f"data: {row.size:,} bytes with its row, this server takes {self._row_bytes:,} "
+            f"(raise {self._row_limit_setting})"
+        )
 
     def get_events(
         self,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import parse_qs, urlsplit
 
-from contextuate_persist import display
+from contextuate_persist import display, queue_commands
 from contextuate_persist.arguments import PROGRAM, make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL, open_store
@@ -252,6 +252,14 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _spool(args: argparse.Namespace) -> int:
+    return queue_commands.spool(args, _store)
+
+
+def _dead(args: argparse.Namespace) -> int:
+    return queue_commands.dead(args, _store)
+
+
 def _camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.capitalize() for word in rest)
@@ -268,6 +276,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "find": _find,
     "recent": _recent,
     "status": _status,
+    "spool": _spool,
+    "dead": _dead,
     "bench": _bench,
 }
 

@@ -14,11 +14,24 @@ from contextuate_persist.model import MonitorEvent, SessionMeta, SessionStatus, 
 # --- Events ---------------------------------------------------------------------------------------
 
 
+class EventHead(NamedTuple):
+    """An event without its payload, for those who keep that encoded; the id is canonical."""
+
+    id: str
+    timestamp: int
+    session_id: str
+    parent_session_id: str | None
+    machine_id: str
+    working_directory: str
+    event_type: str
+    hook_type: str
+
+
 class CheckedEvent(NamedTuple):
     """An event whose fields are valid; whether its payload can be kept, encoding it tells."""
 
     position: int  # in the caller's batch
-    event: MonitorEvent
+    event: MonitorEvent | EventHead
     id: str
 
 
@@ -26,7 +39,7 @@ class EventRow(NamedTuple):
     """An event, validated and encoded."""
 
     position: int
-    event: MonitorEvent
+    event: MonitorEvent | EventHead
     id: str
     working_directory: str
     tool_name: str | None
@@ -54,19 +67,37 @@ def check_event(event: MonitorEvent, position: int = 0) -> CheckedEvent:
 
 
 def encode_event(checked: CheckedEvent) -> EventRow:
-    """Validate and encode the payload of an event; raises InvalidRecord."""
+    """Validate and encode the payload of an event that has one; raises InvalidRecord."""
     event = checked.event
+    assert isinstance(event, MonitorEvent)  # noqa: S101  (a head has no payload)
     encoded = payload.encode(event.data, event.working_directory)
+    return encoded_row(checked, encoded, *tool_keys(event.data))
+
+
+def tool_keys(data: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """What `tool_name` and `tool_use_id` are of a payload."""
+    return search_key(data.get("toolName")), search_key(data.get("toolUseId"))
+
+
+def encoded_row(
+    checked: CheckedEvent,
+    encoded: payload.Encoded,
+    tool_name: str | None,
+    tool_use_id: str | None,
+) -> EventRow:
+    """The row of an event whose payload is encoded."""
+    working_directory = checked.event.working_directory
+    size = len(encoded.json) + len(encoded.exact or b"") + 4 * len(working_directory) + 600
     return EventRow(
         checked.position,
-        event,
+        checked.event,
         checked.id,
-        payload.column_text(event.working_directory),
-        search_key(event.data.get("toolName")),
-        search_key(event.data.get("toolUseId")),
+        payload.column_text(working_directory),
+        tool_name,
+        tool_use_id,
         encoded.json,
         encoded.exact,
-        len(encoded.json) + len(encoded.exact or b"") + 4 * len(event.working_directory) + 600,
+        size,
     )
 
 
@@ -112,8 +143,8 @@ def seeds_of(rows: Iterable[CheckedEvent | EventRow]) -> list[Seed]:
 
     Sorted, since every writer must lock sessions in the same order.
     """
-    earliest: dict[str, MonitorEvent] = {}
-    children: dict[str, MonitorEvent] = {}
+    earliest: dict[str, MonitorEvent | EventHead] = {}
+    children: dict[str, MonitorEvent | EventHead] = {}
     for row in rows:
         event = row.event
         for ids, session_id in ((earliest, event.session_id), (children, event.parent_session_id)):
@@ -127,7 +158,11 @@ def seeds_of(rows: Iterable[CheckedEvent | EventRow]) -> list[Seed]:
     ]
 
 
-def _seed(session_id: str, own: MonitorEvent | None, childs: MonitorEvent | None) -> Seed:
+def _seed(
+    session_id: str,
+    own: MonitorEvent | EventHead | None,
+    childs: MonitorEvent | EventHead | None,
+) -> Seed:
     event = own or childs
     assert event is not None  # noqa: S101  (one of the two named the session)
     texts = {"working_directory": event.working_directory}

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,6 +20,7 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.mysql_store import MySQLStore
 from contextuate_persist.postgresql_store import PostgreSQLStore
 from tests import servers
+from tests.proxy import Proxy
 
 BACKENDS = ("postgresql", "mysql")
 
@@ -165,6 +167,16 @@ def store(database: Database) -> Iterator[BaseStore]:
     """An open store of the application's account on an empty database."""
     with make_store(database.url) as opened:
         yield opened
+
+
+@pytest.fixture
+def proxy(database: Database) -> Iterator[Proxy]:
+    port = urlsplit(database.url).port
+    assert port is not None
+    with make_store(database.url) as warm:  # MySQL then knows the password without TLS
+        warm.get_events("s")
+    with Proxy(port) as running:
+        yield running
 
 
 @pytest.fixture

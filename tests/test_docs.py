@@ -20,6 +20,7 @@ import contextuate_persist
 from contextuate_persist.arguments import make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL
+from contextuate_persist.writer import ENVIRONMENT_SPOOL
 from tests.conftest import Database
 
 ROOT = Path(__file__).parent.parent
@@ -45,9 +46,12 @@ def public_names() -> Iterator[str]:
 
 
 @pytest.fixture
-def configured(database: Database, store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> BaseStore:
+def configured(
+    database: Database, store: BaseStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> BaseStore:
     """A store that open_store() without arguments opens, too."""
     monkeypatch.setenv(ENVIRONMENT_URL, database.url)
+    monkeypatch.setenv(ENVIRONMENT_SPOOL, str(tmp_path / "spool"))
     return store
 
 

@@ -35,16 +35,6 @@ def _quiet_pool(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, logger="psycopg.pool")
 
 
-@pytest.fixture
-def proxy(database: Database) -> Iterator[Proxy]:
-    port = urlsplit(database.url).port
-    assert port is not None
-    with make_store(database.url) as warm:  # MySQL then knows the password without TLS
-        warm.get_events("s")
-    with Proxy(port) as running:
-        yield running
-
-
 def through(proxy: Proxy, database: Database) -> str:
     """The database's URL by way of the proxy, unencrypted so that it can read."""
     parts = urlsplit(database.url)

@@ -15,18 +15,24 @@ from typing import Any
 from typing_extensions import assert_type
 
 from contextuate_persist import (
+    AsyncEventWriter,
+    AsyncReceipt,
     Cursor,
+    EventWriter,
     Health,
     InvalidBatch,
     MonitorEvent,
+    PayloadPolicy,
     PersistenceError,
     PersistenceStore,
+    Receipt,
     SaveResult,
     SessionMeta,
     SessionNode,
     SessionNotFound,
     SessionStatus,
     TokenUsage,
+    WriterHealth,
     open_store,
 )
 from contextuate_persist.aio import AsyncStore
@@ -134,6 +140,34 @@ async def use_async(store: AsyncStore) -> None:
     print(store.get_session("s").label)  # type: ignore[attr-defined]
 
 
+def use_writer(store: MySQLStore) -> None:
+    def redact(event: MonitorEvent) -> MonitorEvent:
+        return event
+
+    with EventWriter(
+        store,
+        spool="on_failure",
+        redact=redact,
+        policy=PayloadPolicy(max_bytes=10_000),
+        metrics=lambda health: print(health.pending),
+    ) as writer:
+        receipt = writer.put(new_event("s", 1_700_000_000_000, {}))
+        assert_type(receipt, Receipt)
+        assert_type(receipt.wait_safe(1.5), bool)
+        receipt.on_stored(lambda receipt: print(receipt.refusal))
+        writer.update_session("s", label="x")
+        assert_type(writer.flush(5), int)
+        assert_type(writer.health(), WriterHealth)
+
+        writer.update_session("s", lable="x")  # type: ignore[call-arg]
+        writer.put({"id": "x"})  # type: ignore[arg-type]
+    EventWriter(store, spool="never")  # type: ignore[arg-type]
+
+
 async def main() -> None:
     async with AsyncStore(open_store()) as store:
         await use_async(store)
+    async with AsyncEventWriter(EventWriter(MySQLStore("mysql://localhost/monitor"))) as writer:
+        receipt = await writer.put(new_event("s", 1_700_000_000_000, {}))
+        assert_type(receipt, AsyncReceipt)
+        assert_type(await receipt.wait_stored(), bool)

@@ -1,0 +1,110 @@
+"""What no database took: one file each, with the reason, until somebody has looked at it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from contextuate_persist import payload
+from contextuate_persist.base import BaseStore
+from contextuate_persist.errors import InvalidRecord, SpoolError
+from contextuate_persist.model import MonitorEvent, SessionMeta, TokenUsage
+from contextuate_persist.queued import Refused
+
+_NAME = re.compile(r"(\d{12,16}-[0-9a-f]{12})\.json")
+
+
+class DeadLetter(NamedTuple):
+    """Something that was set aside."""
+
+    id: str
+    accepted: int
+    """When the writer took it, Unix ms."""
+    content: Refused
+
+
+class DeadLetters:
+    """The files of a directory; it is made with the first of them."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    def add(self, content: Refused, accepted: int) -> str:
+        """Keep a letter, safe on disk; returns its id. Raises OSError."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        letter_id = f"{accepted}-{secrets.token_hex(6)}"
+        text = payload.exact_json({"accepted": accepted, **content._asdict()})
+        path = self.directory / f"{letter_id}.json"
+        temporary = path.with_suffix(".tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(text)
+            os.fsync(descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        temporary.rename(path)
+        return letter_id
+
+    def ids(self) -> list[str]:
+        """The letters' ids, oldest first."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        return sorted(match[1] for name in names if (match := _NAME.fullmatch(name)))
+
+    def read(self, letter_id: str) -> DeadLetter:
+        """A letter; raises SpoolError if there is none of this id, or it cannot be read."""
+        path = self._path(letter_id)
+        try:
+            kept = payload.loads_exact(path.read_bytes())
+            content = Refused(kept["kind"], kept["record"], kept["reason"], kept["exact"])
+            return DeadLetter(letter_id, kept["accepted"], content)
+        except FileNotFoundError:
+            raise SpoolError(f"{self.directory}: no dead letter {letter_id}") from None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise SpoolError(f"{path}: no dead letter can be read there: {error}") from error
+
+    def __iter__(self) -> Iterator[DeadLetter]:
+        """All letters, oldest first."""
+        return map(self.read, self.ids())
+
+    def remove(self, letter_id: str) -> None:
+        """Forget a letter; one that is gone already is no error."""
+        self._path(letter_id).unlink(missing_ok=True)
+
+    def _path(self, letter_id: str) -> Path:
+        if not _NAME.fullmatch(f"{letter_id}.json"):
+            raise SpoolError(f"{self.directory}: no dead letter {letter_id!a}")
+        return self.directory / f"{letter_id}.json"
+
+
+def replay(letter: DeadLetter, store: BaseStore) -> bool:
+    """Try to store a letter again; False if it was known already, or its session is deleted.
+
+    Raises InvalidRecord if it is still refused, and what the store raises.
+    """
+    kind, record, _, exact = letter.content
+    if not exact:
+        raise InvalidRecord(f"{kind}: was no JSON, and is here only as near as JSON can tell it")
+    if kind == "event":
+        return store.save_event(MonitorEvent.from_wire(record))
+    if kind == "session":
+        return store.save_session(SessionMeta.from_wire(record))
+    if kind == "update":
+        session_id, fields = record
+        if isinstance(usage := fields.get("token_usage"), dict):
+            fields = {**fields, "token_usage": TokenUsage(**usage)}
+        store.update_session(session_id, **fields)
+        return True
+    raise InvalidRecord(f"record: a {kind} of another version, which this one cannot read")

@@ -1,0 +1,124 @@
+"""What of a payload is worth keeping: trimming of bulky copies, and a size for the rest.
+
+Off by default. Recorded stores consist of such copies to 90 %: the whole file before an edit, the
+base64 text of an image that was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+
+from contextuate_persist.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayloadPolicy:
+    """How payloads are trimmed before they are stored; sizes are bytes of UTF-8.
+
+    Each text that was taken out is told in the payload's `trimmed`: its path (a JSON Pointer), its
+    bytes and their SHA-256. In its place stands null.
+    """
+
+    mirrors: bool = True
+    """Take out `originalFile` of edits and base64 of files and images, from `mirror_bytes` on."""
+    mirror_bytes: int = 1024
+    max_bytes: int | None = None
+    """Take out the largest texts, too, until the payload has so many bytes at most."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigurationError for sizes that make no sense."""
+        for name in ("mirror_bytes", "max_bytes"):
+            size = getattr(self, name)
+            if size is not None and (type(size) is not int or size < 1024):
+                raise ConfigurationError(f"{name}: {size!r} is not a number of bytes, 1024 or more")
+
+    def apply(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The payload as it is to be kept; the same object if there is nothing to do."""
+        texts = sorted(_texts(data), key=lambda text: -len(text.value))
+        chosen: list[_Text] = []
+        if self.mirrors:
+            chosen = [text for text in texts if text.mirror and text.size >= self.mirror_bytes]
+        if self.max_bytes is not None:
+            size = _size(data) - sum(text.size for text in chosen)
+            for text in texts:
+                # Below that, what tells of a text is as long as the text.
+                if size <= self.max_bytes or text.size < _SHORTEST:
+                    break
+                if text not in chosen:
+                    chosen.append(text)
+                    size -= text.size
+        return _without(data, chosen) if chosen else data
+
+
+_SHORTEST = 256
+
+
+class _Text(NamedTuple):
+    path: tuple[str | int, ...]
+    value: str
+    mirror: bool
+
+    @property
+    def size(self) -> int:
+        return len(_bytes(self.value))
+
+    def told(self) -> dict[str, Any]:
+        """What the payload says of a text that is gone."""
+        names = (str(name).replace("~", "~0").replace("/", "~1") for name in self.path)
+        return {
+            "path": "".join(f"/{name}" for name in names),
+            "bytes": self.size,
+            "sha256": hashlib.sha256(_bytes(self.value)).hexdigest(),
+        }
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _texts(data: dict[str, Any]) -> Iterator[_Text]:
+    """All texts of a payload, with their places."""
+    nodes: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
+    while nodes:
+        path, node = nodes.pop()
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            if isinstance(value, str):
+                yield _Text((*path, key), value, _is_mirror(node, key))
+            elif isinstance(value, dict | list):
+                nodes.append(((*path, key), value))
+
+
+def _is_mirror(node: Any, key: str | int) -> bool:
+    if key == "data":  # {"type": "base64", "media_type": ..., "data": ...}
+        return bool(node.get("type") == "base64")
+    return key in ("originalFile", "base64")
+
+
+def _size(data: dict[str, Any]) -> int:
+    try:
+        return len(orjson.dumps(data))
+    except TypeError:  # whether it can be kept at all, the store's encoder tells
+        return sum(text.size for text in _texts(data))
+
+
+def _without(data: dict[str, Any], texts: list[_Text]) -> dict[str, Any]:
+    """A copy of the payload with null for the texts; what they are not in is shared."""
+    kept = dict(data)
+    copied: dict[tuple[str | int, ...], Any] = {(): kept}
+    for text in texts:
+        for depth in range(1, len(text.path)):
+            place = text.path[:depth]
+            if place not in copied:
+                node = copied[place[:-1]][place[-1]]
+                copied[place] = copied[place[:-1]][place[-1]] = node.copy()
+        copied[text.path[:-1]][text.path[-1]] = None
+    before = data.get("trimmed")
+    told = [text.told() for text in sorted(texts, key=lambda text: str(text.path))]
+    kept["trimmed"] = [*before, *told] if isinstance(before, list) else told
+    return kept

@@ -1,0 +1,645 @@
+"""The writer between a daemon and a store: takes in microseconds, keeps, stores, loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from contextuate_persist import model, queued, records
+from contextuate_persist.base import BaseStore
+from contextuate_persist.dead_letters import DeadLetters
+from contextuate_persist.errors import (
+    ConfigurationError,
+    InvalidRecord,
+    PersistenceError,
+    SessionNotFound,
+    SpoolError,
+    StoreClosed,
+)
+from contextuate_persist.model import MonitorEvent, SessionMeta
+from contextuate_persist.outbox import Milestone, Outbox
+from contextuate_persist.policy import PayloadPolicy
+from contextuate_persist.queued import ITEM_BYTES, Item, Update
+from contextuate_persist.records import EventRow
+from contextuate_persist.spool import SEGMENT_BYTES, Record, Spool
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from contextuate_persist.protocol import SessionFields
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT_SPOOL = "CONTEXTUATE_SPOOL"
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between tries while the database is away
+_KEEPER_SECONDS = 10.0  # for the disk to take what is left when a writer closes
+
+
+def default_spool() -> Path:
+    """The spool of this user: what CONTEXTUATE_SPOOL names, else one in the home directory."""
+    named = os.environ.get(ENVIRONMENT_SPOOL)
+    return Path(named) if named else Path.home() / ".contextuate" / "monitor" / "spool"
+
+
+class Receipt:
+    """What a writer gives for what it was given: tells how far that has come.
+
+    It comes to two milestones, in this order: *safe*, on the disk of this machine or in the
+    database already, and *stored*, done with by the database: committed there, or known there
+    before, or refused for good and set aside (`refusal` then says why).
+    """
+
+    __slots__ = ("_outbox", "number")
+
+    def __init__(self, outbox: Outbox, number: int) -> None:
+        self._outbox = outbox
+        self.number = number
+
+    def __repr__(self) -> str:
+        state = "stored" if self.stored else "safe" if self.safe else "taken"
+        return f"<Receipt {self.number}: {state}>"
+
+    @property
+    def safe(self) -> bool:
+        """Whether it survives whatever happens to this process and to the power."""
+        return self.number <= self._outbox.safe.reached
+
+    @property
+    def stored(self) -> bool:
+        """Whether the database is done with it."""
+        return self.number <= self._outbox.done.reached
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it was set aside; None if it was not (of the last 10,000 that were)."""
+        return self._outbox.reason(self.number)
+
+    def wait_safe(self, timeout: float | None = None) -> bool:
+        """Wait, at most so many seconds, until it is safe; whether it is."""
+        return self._wait(self._outbox.safe, timeout)
+
+    def wait_stored(self, timeout: float | None = None) -> bool:
+        """Wait, at most so many seconds, until it is stored; whether it is.
+
+        False at once if the writer is closed before that.
+        """
+        return self._wait(self._outbox.done, timeout)
+
+    def on_safe(self, callback: Callable[[Receipt], object]) -> None:
+        """Call back, once, when it is safe, or the writer is closed before that.
+
+        In a thread of the writer's, which waits meanwhile, or at once in this one. An exception is
+        logged.
+        """
+        self._outbox.notify(self._outbox.safe, self.number, lambda: callback(self))
+
+    def on_stored(self, callback: Callable[[Receipt], object]) -> None:
+        """Call back, once, when it is stored, or the writer is closed before that: see `stored`."""
+        self._outbox.notify(self._outbox.done, self.number, lambda: callback(self))
+
+    def _wait(self, milestone: Milestone, timeout: float | None) -> bool:
+        if self.number > milestone.reached:
+            passed = threading.Event()
+            self._outbox.notify(milestone, self.number, passed.set)
+            passed.wait(timeout)
+        return self.number <= milestone.reached
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriterHealth:
+    """How a writer is doing; `accepted` = `stored` + `duplicate` + `set_aside` + `pending`, always.
+
+    Counted from `init()` on, with what lay in the spool then as accepted.
+    """
+
+    accepted: int
+    stored: int
+    """New in the database."""
+    duplicate: int
+    """Known there before, or told of a deleted session, and ignored."""
+    set_aside: int
+    """Refused for good: dead letters, and records of the spool that could not be read."""
+    pending: int
+    memory_bytes: int
+    """Of what is pending, roughly."""
+    spool_bytes: int
+    """On disk; a file goes when all in it is done with."""
+    oldest_seconds: float | None
+    """Age of the oldest pending item that is in memory; None if none is."""
+    retries: int
+    """Tries that failed since `init()`."""
+    failing_seconds: float | None
+    """How long the database has been away; None while it is not."""
+    last_error: str | None
+    """Of the database or of the spool, also when that is over."""
+    dead_letters: int
+    damages: tuple[str, ...]
+    """What of the spool could not be read; its bytes lie beside it, in `damaged`."""
+
+
+class EventWriter:
+    """Takes events and sessions in microseconds and stores them, whatever the database does.
+
+    `with EventWriter(open_store(url)) as writer: writer.put(event)`. Thread-safe. The writer opens
+    the store when the database answers, and goes on trying until it does; closing the store is its
+    owner's. What was put for one session is stored in that order, each event once.
+
+    | `spool=` | "always" (the default) | "on_failure" |
+    |---|---|---|
+    | an item is *safe* | on this disk, milliseconds later | stored, or on disk once that fails |
+    | `kill -9`, power loss | all that was safe is stored | what was neither is for its source |
+    | the database is away | disk, up to `spool_bytes` | the same |
+    | costs | a flush of the disk for each group | nothing while all is well |
+
+    What lies in the spool is stored first when the writer opens. An acknowledgement may be lost
+    with the power, and then comes again: events still count once, but an `update_session` may then
+    be done again after a later one of somebody else.
+
+    A deleted session stays deleted: what is stored later is compared with the deletion as if it had
+    come at once, by its own time (`PersistenceStore.delete_session`), for as long as deletions are
+    remembered, 90 days.
+    """
+
+    def __init__(
+        self,
+        store: BaseStore,
+        *,
+        spool: Literal["always", "on_failure"] = "always",
+        spool_directory: str | Path | None = None,
+        spool_bytes: int = 2**30,
+        memory_bytes: int = 64 * 2**20,
+        batch_rows: int = 1000,
+        batch_bytes: int = 4 * 2**20,
+        batch_seconds: float = 0.05,
+        flush_seconds: float = 0.005,
+        put_timeout: float = 5.0,
+        redact: Callable[[MonitorEvent], MonitorEvent] | None = None,
+        policy: PayloadPolicy | None = None,
+        metrics: Callable[[WriterHealth], object] | None = None,
+        metrics_seconds: float = 10.0,
+    ) -> None:
+        """Take a store and settings; nothing happens before `init()`.
+
+        A batch goes to the database when it has `batch_rows` items, `batch_bytes`, or has waited
+        for `batch_seconds`; a group goes to disk `flush_seconds` after its first item. At 1,000
+        events a second that takes 0.2 of a core, and an event is safe after 4 ms, stored after 42
+        (p50, PostgreSQL); without both waits 0.6 of a core, 1 ms and 7 ms. A `put` that
+        finds memory full waits for `put_timeout` seconds at most. `redact` is given each event
+        first of all and returns what may be kept; `policy` then trims it. `metrics` is called with
+        the health every `metrics_seconds`, in a thread of its own.
+        """
+        self._settings = _Settings(
+            always=_is_always(spool),
+            directory=Path(spool_directory) if spool_directory is not None else default_spool(),
+            spool_bytes=spool_bytes,
+            memory_bytes=memory_bytes,
+            batch_rows=batch_rows,
+            batch_bytes=batch_bytes,
+            batch_seconds=batch_seconds,
+            flush_seconds=flush_seconds,
+            put_timeout=put_timeout,
+            metrics_seconds=metrics_seconds,
+        )
+        self._store = store
+        self._redact, self._policy, self._metrics = redact, policy, metrics
+        self._spool = Spool(self._settings.directory, self._settings.segment_bytes)
+        self._dead_letters = DeadLetters(self._settings.directory / "dead")
+        self._outbox: Outbox | None = None
+        self._threads: list[threading.Thread] = []
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._retries = 0
+        self._failing_since: float | None = None
+        self._last_error: str | None = None
+        self._slice = batch_rows
+        _writers.add(self)
+
+    def __repr__(self) -> str:
+        return f"<EventWriter of {self._store!r}, spool {self._settings.directory}>"
+
+    def init(self) -> None:
+        """Open the spool and begin; the database need not be there. A second call does nothing.
+
+        Raises ConfigurationError while another process works on the spool, SpoolError if it cannot
+        be used.
+        """
+        with self._lock:
+            if self._outbox is not None:
+                return
+            recovered = self._spool.open()
+            settings = self._settings
+            self._outbox = outbox = Outbox(
+                self._spool,
+                recovered,
+                memory_bytes=settings.memory_bytes,
+                spool_bytes=settings.spool_bytes,
+                always=settings.always,
+            )
+            self._stopping.clear()
+            works = [self._keep, self._send]
+            if self._metrics is not None:
+                works.append(self._tell)
+            self._threads = [
+                threading.Thread(target=self._work, args=(work, outbox), daemon=True)
+                for work in works
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _work(self, work: Callable[[Outbox], None], outbox: Outbox) -> None:
+        while True:
+            try:
+                work(outbox)
+            except Exception as error:  # a defect of ours; what is in the queue still is
+                self._last_error = f"{type(error).__name__}: {error}"
+                log.exception("the writer stumbled, and goes on")
+                if self._stopping.wait(_LONGEST_PAUSE):
+                    return
+            else:
+                return
+
+    def flush(self, timeout: float | None = None) -> int:
+        """Store all that was put before, at once; how many items are not stored in the end.
+
+        Waits for it, at most so many seconds. What is left goes on being tried, and is in the spool
+        as its choice has it.
+        """
+        return self._open_outbox().wait_until_done(timeout)
+
+    def close(self, timeout: float | None = 10.0) -> int:
+        """Take nothing more, store what there is, at most so many seconds; how many items are left.
+
+        They are in the spool, for the next writer that opens it. Raises SpoolError if they are not,
+        since its disk does not take them. A second call returns 0.
+        """
+        with self._lock:
+            outbox, self._outbox = self._outbox, None
+            if outbox is None:
+                return 0
+            outbox.close()
+            left = outbox.wait_until_done(timeout)
+            self._stopping.set()
+            outbox.stop()
+            keeper, sender, *_ = self._threads
+            keeper.join(_KEEPER_SECONDS)
+            # It may wait for a database that does not answer; what it then hears nobody needs.
+            sender.join(0.1 if left else _KEEPER_SECONDS)
+            lost = outbox.end()
+            self._spool.close()
+        if lost:
+            raise SpoolError(
+                f"{self._settings.directory}: {lost:,} items are neither stored nor on disk: "
+                f"{outbox.figures()['spool_error'] or 'the disk did not answer'}"
+            )
+        return left
+
+    def __enter__(self) -> Self:
+        """Call `init()`."""
+        self.init()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Call `close()`."""
+        self.close()
+
+    def _forget(self) -> None:
+        """In a forked child: the writer is the parent's, with its threads and its spool."""
+        self._lock = threading.Lock()
+        self._outbox = None
+        self._spool.forget()
+
+    # --- Those who put ----------------------------------------------------------------------------
+
+    def put(self, event: MonitorEvent, *, timeout: float | None = None) -> Receipt:
+        """Take an event; it may be changed by its owner at once after that.
+
+        What no database can keep is set aside, and its receipt says why. Waits only where memory is
+        full, `timeout` seconds at most, else `put_timeout`.
+
+        Raises SpoolFull at the spool's limit, and SpoolError if its disk fails or is slow while
+        memory is full: the event is not taken then. Raises InvalidRecord for what is no
+        MonitorEvent, or what `redact` fails on; StoreClosed after `close()`.
+        """
+        if not isinstance(event, MonitorEvent):
+            raise InvalidRecord(f"event: a MonitorEvent is needed, not {type(event).__name__}")
+        if self._redact is not None or self._policy is not None:
+            event = self._cleaned(event)
+        try:
+            value = queued.take(event)
+        except InvalidRecord as error:
+            return self._put_refused(event, str(error), timeout)
+        # Until it is checked, the payload itself is in memory besides its JSON; never less than
+        # what it takes after that.
+        size = value.size if isinstance(value, EventRow) else 3 * len(value.text) + ITEM_BYTES
+        return self._put(value, size, timeout)
+
+    def put_session(self, session: SessionMeta, *, timeout: float | None = None) -> Receipt:
+        """Take a session, to be saved as `PersistenceStore.save_session` does; see `put`."""
+        try:
+            model.check_session(session)
+        except InvalidRecord as error:
+            if not isinstance(session, SessionMeta):
+                raise
+            return self._put_refused(session, str(error), timeout)
+        size = 2 * len(session.working_directory) + 64 * len(session.child_session_ids)
+        return self._put(session, size, timeout)
+
+    def update_session(
+        self, session_id: str, *, timeout: float | None = None, **fields: Unpack[SessionFields]
+    ) -> Receipt:
+        """Take an update, to be done as `PersistenceStore.update_session` does; see `put`.
+
+        One of a session that is not there then counts as a duplicate. Raises InvalidRecord for a
+        field that sessions do not have.
+        """
+        for name in fields:
+            if name not in model.SESSION_CHECKS:
+                raise InvalidRecord(f"{name}: no field that update_session can set")
+        update = Update(session_id, dict(fields))
+        try:
+            model.check_id("session_id", session_id)
+            records.update_parameters(fields)
+        except InvalidRecord as error:
+            return self._put_refused(update, str(error), timeout)
+        return self._put(update, 64 * len(update.fields), timeout)
+
+    def _put_refused(
+        self, record: MonitorEvent | SessionMeta | Update, reason: str, timeout: float | None
+    ) -> Receipt:
+        refused = queued.refused_input(record, reason)
+        return self._put(refused, len(queued.to_body(refused)), timeout)
+
+    def _put(self, value: Any, size: int, timeout: float | None) -> Receipt:
+        outbox = self._open_outbox()
+        patience = self._settings.put_timeout if timeout is None else timeout
+        return Receipt(outbox, outbox.add(value, size, patience))
+
+    def _open_outbox(self) -> Outbox:
+        outbox = self._outbox
+        if outbox is None:
+            raise StoreClosed("the writer is not open: call init(), or use it in a with statement")
+        return outbox
+
+    def _cleaned(self, event: MonitorEvent) -> MonitorEvent:
+        if self._redact is not None:
+            try:
+                event = self._redact(event)
+            except Exception as error:
+                # Not set aside: what was to be redacted would lie on disk as it came.
+                raise InvalidRecord(f"event: redact failed: {type(error).__name__}") from error
+            if not isinstance(event, MonitorEvent):
+                raise InvalidRecord(f"event: redact gave no MonitorEvent: {type(event).__name__}")
+        if self._policy is not None and isinstance(event.data, dict):
+            data = self._policy.apply(event.data)
+            if data is not event.data:
+                event = replace(event, data=data)
+        return event
+
+    # --- The keeper -------------------------------------------------------------------------------
+
+    def _keep(self, outbox: Outbox) -> None:
+        """Check and encode what arrives, write it to the spool in groups, until all is over."""
+        failures = 0
+        while True:
+            arrivals, spills = outbox.next_to_keep(self._settings.flush_seconds)
+            if not arrivals:
+                return
+            items = [queued.ready(arrival) for arrival in arrivals]
+            try:
+                if spills:
+                    self._spool.append(
+                        [Record(item[0], item[1], queued.to_body(item.value)) for item in items]
+                    )
+            except OSError as error:
+                failures += 1
+                log.warning("spool %s: %s", self._settings.directory, error)
+                outbox.not_kept(items, error.strerror or str(error))
+                if self._stopping.is_set():
+                    return
+                self._stopping.wait(_pause(failures))
+            else:
+                failures = 0
+                outbox.kept(items, on_disk=spills)
+
+    # --- The sender -------------------------------------------------------------------------------
+
+    def _send(self, outbox: Outbox) -> None:
+        """Store the items in their order, until all is over."""
+        settings = self._settings
+        if not self._persist(outbox, self._open_store):
+            return
+        while items := outbox.next_to_send(
+            settings.batch_rows, settings.batch_bytes, settings.batch_seconds
+        ):
+            delivery = _Delivery(items)
+            while delivery.runs:
+                if not self._persist(outbox, lambda: self._deliver(delivery)):  # noqa: B023
+                    return
+            outbox.settle(items, delivery.counts, delivery.reasons)
+
+    def _open_store(self) -> None:
+        self._store.init()
+
+    def _persist(self, outbox: Outbox, work: Callable[[], object]) -> bool:
+        """Do some work, again and again while the database is away; False if there is no time."""
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                work()
+            except (PersistenceError, OSError, MemoryError) as error:
+                failures += 1
+                self._failed(outbox, error)
+                self._stopping.wait(_pause(failures))
+            else:
+                if failures:
+                    log.info("the database is back after %d tries", failures)
+                self._failing_since = None
+                return True
+        return False
+
+    def _failed(self, outbox: Outbox, error: Exception) -> None:
+        self._retries += 1
+        self._last_error = f"{type(error).__name__}: {error}"
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+            log.warning("storing failed, trying again: %s", error)
+        # A batch may be what takes too long: smaller ones get through where it does not.
+        self._slice = max(1, self._slice // 2)
+        outbox.not_sent()
+
+    def _deliver(self, delivery: _Delivery) -> None:
+        """Store the first run of what is left, or some of it."""
+        run = delivery.runs[0]
+        # One by one, what counts each time that it is done.
+        part = run[: self._slice if isinstance(run[0].value, EventRow | SessionMeta) else 1]
+        try:
+            self._store_part(part, delivery)
+        except InvalidRecord as error:
+            self._isolate(part, delivery, str(error))
+        except (PersistenceError, OSError, MemoryError):
+            raise
+        except Exception as error:  # a defect of ours, which one item brings to light
+            log.exception("an item that cannot be stored")
+            self._isolate(part, delivery, f"{type(error).__name__}: {error}")
+        else:
+            delivery.done(len(part))
+            self._slice = min(self._settings.batch_rows, self._slice * 2)
+
+    def _isolate(self, part: list[Item], delivery: _Delivery, reason: str) -> None:
+        """Come nearer to the item that is to blame; alone, it is set aside."""
+        if len(part) > 1:
+            self._slice = len(part) // 2
+        else:
+            delivery.set_aside(part[0], reason)
+            delivery.done(1)
+
+    def _store_part(self, part: list[Item], delivery: _Delivery) -> None:
+        values: list[Any] = [item.value for item in part]
+        first = values[0]
+        if isinstance(first, EventRow):
+            result = self._store.save_rows(values)
+            for refusal in result.refused:
+                delivery.set_aside(part[refusal.index], refusal.reason)
+            delivery.count(len(part) - len(result.refused), stored=result.stored)
+        elif isinstance(first, SessionMeta):
+            delivery.count(len(part), stored=self._store.save_sessions(values))
+        elif isinstance(first, Update):
+            delivery.count(1, stored=self._update(first))
+        else:
+            self._dead_letters.add(first, part[0].accepted)
+            delivery.counts["set_aside"] += 1
+            delivery.reasons[part[0].number] = first.reason
+
+    def _update(self, update: Update) -> bool:
+        try:
+            self._store.update_session(update.session_id, **update.fields)
+        except SessionNotFound:
+            return False
+        return True
+
+    # --- How it is --------------------------------------------------------------------------------
+
+    def health(self) -> WriterHealth:
+        """How the writer is doing; raises StoreClosed if it is not open."""
+        return self._health(self._open_outbox())
+
+    def _health(self, outbox: Outbox) -> WriterHealth:
+        figures = outbox.figures()
+        oldest = figures.pop("oldest")
+        since = self._failing_since
+        spool_error = figures.pop("spool_error")
+        return WriterHealth(
+            **figures,
+            oldest_seconds=None if oldest is None else max(0.0, time.time() - oldest / 1000),
+            retries=self._retries,
+            failing_seconds=None if since is None else time.monotonic() - since,
+            last_error=spool_error or self._last_error,
+            dead_letters=len(self._dead_letters.ids()),
+            damages=tuple(self._spool.damages),
+        )
+
+    def _tell(self, outbox: Outbox) -> None:
+        """Hand the health over, now and then, and at the end."""
+        assert self._metrics is not None  # noqa: S101  (or this thread would not be)
+        over = False
+        while not over:
+            over = self._stopping.wait(self._settings.metrics_seconds)
+            try:
+                self._metrics(self._health(outbox))
+            except Exception:
+                log.exception("the metrics callback failed")
+
+
+class _Delivery:
+    """A batch on its way: what of it is left, and how it went so far."""
+
+    def __init__(self, items: list[Item]) -> None:
+        self.runs = queued.waves(items)
+        self.counts: Counter[str] = Counter()
+        self.reasons: dict[int, str] = {}
+
+    def done(self, count: int) -> None:
+        """So many of the first run are."""
+        del self.runs[0][:count]
+        if not self.runs[0]:
+            del self.runs[0]
+
+    def count(self, count: int, *, stored: int) -> None:
+        self.counts["stored"] += stored
+        self.counts["duplicate"] += count - stored
+
+    def set_aside(self, item: Item, reason: str) -> None:
+        """Let an item be a dead letter, once the rest is stored."""
+        self.runs.append([item._replace(value=queued.refused(item.value, reason))])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    always: bool
+    directory: Path
+    spool_bytes: int
+    memory_bytes: int
+    batch_rows: int
+    batch_bytes: int
+    batch_seconds: float
+    flush_seconds: float
+    put_timeout: float
+    metrics_seconds: float
+
+    def __post_init__(self) -> None:
+        for name in ("spool_bytes", "memory_bytes", "batch_bytes"):
+            size = getattr(self, name)
+            if type(size) is not int or size < 2**20:
+                raise ConfigurationError(
+                    f"{name}: {size!r} is not a number of bytes, 2**20 or more"
+                )
+        if type(self.batch_rows) is not int or self.batch_rows < 1:
+            raise ConfigurationError(f"batch_rows: {self.batch_rows!r} is not a number of rows")
+        for name in ("batch_seconds", "flush_seconds", "put_timeout", "metrics_seconds"):
+            seconds = getattr(self, name)
+            if type(seconds) not in (int, float) or not 0 <= seconds < threading.TIMEOUT_MAX:
+                raise ConfigurationError(f"{name}: {seconds!r} is not a number of seconds")
+
+    @property
+    def segment_bytes(self) -> int:
+        """Of one file: small enough that a full spool has several, and memory room for one."""
+        return min(SEGMENT_BYTES, self.spool_bytes // 8, self.memory_bytes // 4)
+
+
+def _is_always(spool: str) -> bool:
+    if spool not in ("always", "on_failure"):
+        raise ConfigurationError(f"spool: 'always' or 'on_failure', not {model.shown(spool)}")
+    return spool == "always"
+
+
+def _pause(failures: int) -> float:
+    """How long to wait after so many failures in a row, with jitter: others wait, too."""
+    longest: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures, 20))
+    return longest * random.uniform(0.5, 1)  # noqa: S311  (no secret)
+
+
+_writers: weakref.WeakSet[EventWriter] = weakref.WeakSet()
+
+
+def _after_fork() -> None:  # pragma: no cover  (in a forked child)
+    for writer in _writers:
+        writer._forget()  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,860 @@
+"""The writer: takes at once, keeps what it took, stores each thing once and in order."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contextuate_persist import (
+    AsyncEventWriter,
+    ConfigurationError,
+    EventWriter,
+    InvalidRecord,
+    MonitorEvent,
+    PayloadPolicy,
+    Receipt,
+    SessionStatus,
+    SpoolError,
+    SpoolFull,
+    StoreClosed,
+    StoreUnavailable,
+    TokenUsage,
+    WriterHealth,
+    queued,
+)
+from contextuate_persist.base import BaseStore
+from contextuate_persist.dead_letters import DeadLetters, replay
+from contextuate_persist.queued import Refused, Update
+from contextuate_persist.spool import spool_state
+from tests.builders import T0, event, session
+from tests.conftest import Database, make_store
+
+MODES = ("always", "on_failure")
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "spool"
+
+
+@pytest.fixture
+def writer(store: BaseStore, directory: Path, mode: str) -> Iterator[EventWriter]:
+    with EventWriter(store, spool=mode, spool_directory=directory) as opened:  # type: ignore[arg-type]
+        yield opened
+
+
+def away(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the store answer nothing until `monkeypatch.undo()`."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise StoreUnavailable("the database is away")
+
+    for name in ("save_rows", "save_sessions", "update_session", "init"):
+        monkeypatch.setattr(store, name, fail)
+
+
+def balanced(health: WriterHealth) -> bool:
+    done = health.stored + health.duplicate + health.set_aside
+    return health.accepted == done + health.pending
+
+
+# --- Putting and storing --------------------------------------------------------------------------
+
+
+def test_what_was_put_is_stored_once_and_in_order(writer: EventWriter, store: BaseStore) -> None:
+    events = [event(f"s{i % 7}", T0 + i // 20) for i in range(2500)]
+    receipts = [writer.put(one) for one in events]
+    assert writer.flush(30) == 0
+    for name in {one.session_id for one in events}:
+        assert store.get_events(name, limit=9999) == [e for e in events if e.session_id == name]
+    assert all(receipt.safe and receipt.stored for receipt in receipts)
+    assert {receipt.refusal for receipt in receipts} == {None}
+    health = writer.health()
+    assert (health.accepted, health.stored, health.pending) == (2500, 2500, 0)
+    assert (health.memory_bytes, health.duplicate, health.oldest_seconds) == (0, 0, None)
+    for one in events[:10]:
+        writer.put(one)
+    assert writer.flush(30) == 0
+    assert (writer.health().accepted, writer.health().duplicate) == (2510, 10)
+
+
+def test_an_owner_may_change_his_payload_once_it_was_put(
+    writer: EventWriter, store: BaseStore
+) -> None:
+    data: dict[str, Any] = {"n": 0, "list": [], "big": 2**70}
+    expected = []
+    for n in range(50):
+        data["n"] = n
+        one = event(data=data)
+        expected.append(one.id)
+        writer.put(one)
+        data["list"].append(n)
+    assert writer.flush(30) == 0
+    for n, event_id in enumerate(expected):
+        got = store.get_event_by_id("s", event_id)
+        assert got is not None
+        assert got.data == {"n": n, "list": list(range(n)), "big": 2**70}
+
+
+def test_sessions_updates_and_events_of_a_session_keep_their_order(
+    writer: EventWriter, store: BaseStore
+) -> None:
+    for n in range(30):
+        for name in ("a", "b", "c"):
+            writer.put_session(session(name, label=f"saved {n}"))
+            writer.put(event(name, T0 + n))
+            writer.update_session(name, label=f"updated {n}", is_pinned=n % 2 == 0)
+    writer.put_session(session("b", label="last"))
+    assert writer.flush(30) == 0
+    labels = {one.session_id: (one.label, one.is_pinned) for one in store.get_sessions()}
+    assert labels == {"a": ("updated 29", False), "b": ("last", False), "c": ("updated 29", False)}
+    assert sum(store.event_counts().values()) == 90
+
+
+def test_an_update_of_a_session_that_is_not_there_is_ignored(writer: EventWriter) -> None:
+    receipt = writer.update_session("nobody", label="x")
+    assert receipt.wait_stored(30)
+    assert writer.health().duplicate == 1
+
+
+def test_what_was_accepted_before_a_deletion_does_not_undo_it(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_session(session("gone"))
+    away(store, monkeypatch)
+    writer.put_session(session("gone", label="late"))
+    writer.put(event("gone"))
+    writer.update_session("gone", label="later")
+    monkeypatch.undo()
+    store.delete_session("gone")
+    assert writer.flush(30) == 0
+    assert store.get_session("gone") is None
+    assert store.get_events("gone") == []
+    assert writer.health().duplicate == 3
+
+
+@given(st.lists(st.tuples(st.sampled_from("ESU"), st.sampled_from("abc")), max_size=30))
+def test_runs_keep_the_order_of_each_session(kinds: list[tuple[str, str]]) -> None:
+    values: dict[str, Any] = {
+        "E": lambda name: queued.ready(queued.Arrival(0, 0, queued.take(event(name)), 0)).value,
+        "S": session,
+        "U": lambda name: Update(name, {}),
+    }
+    items = [queued.Item(n, 0, values[kind](name), 0) for n, (kind, name) in enumerate(kinds)]
+    runs = queued.waves(items)
+    assert all(len({type(item.value) for item in run}) == 1 for run in runs)
+    flat = list(itertools.chain.from_iterable(runs))
+    assert sorted(flat, key=lambda item: item.number) == items
+    for name in "abc":
+        numbers = [item.number for item in flat if queued.session_of(item.value) == name]
+        assert numbers == sorted(numbers)
+
+
+# --- In the spool ---------------------------------------------------------------------------------
+
+ODD = event(
+    "s\u00e9ance \U0001f600",
+    working_directory="/nul\0/\udcff",
+    parent_session_id="p",
+    event_type="of tomorrow",
+    data={
+        "text": "\0\ud83d\udc4d",
+        "n": [2**80, 1.5, None, {"x": "a\nb\\"}],
+        "toolName": "x" * 300,
+    },
+)
+SESSION = session(
+    "s", label="\0\udc80", status=SessionStatus.ERROR, token_usage=TokenUsage(total_input=7),
+    child_session_ids=("a", "b"), end_time=T0 + 1, is_pinned=False,
+)  # fmt: skip
+UPDATE = Update("s", {"label": None, "token_usage": TokenUsage(total_output=3), "status": "error"})
+
+
+def test_every_kind_of_item_comes_out_of_the_spool_as_it_went_in() -> None:
+    odd = queued.ready(queued.Arrival(1, 2, queued.take(ODD), 0)).value
+    large = queued.ready(queued.Arrival(1, 2, queued.take(event(data={"b": "b" * 2**21})), 0)).value
+    for value in (odd, large, SESSION, UPDATE, Refused("event", {"n": 2**80, "s": "\ud83d"}, "x")):
+        assert queued.from_body(queued.to_body(value)) == value
+
+
+@pytest.mark.parametrize("body", [b"", b"X", b"Exx", b"E[]\n", b"S{}", b"U[1]", b"R[]"])
+def test_a_record_of_another_version_is_no_item(body: bytes) -> None:
+    with pytest.raises(SpoolError, match="no record of this version"):
+        queued.from_body(body)
+
+
+def test_what_was_safe_is_stored_by_the_next_writer(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    writer = EventWriter(store, spool_directory=directory)
+    writer.init()
+    events = [event("s", T0 + i) for i in range(20)]
+    receipts = [writer.put(one) for one in [*events, ODD]]
+    receipts.append(writer.put_session(SESSION))
+    receipts.append(writer.update_session(UPDATE.session_id, **UPDATE.fields))
+    assert receipts[-1].wait_safe(30)
+    assert all(receipt.safe and not receipt.stored for receipt in receipts)
+    assert writer.close(0) == 23
+    assert not receipts[0].wait_stored(30)  # at once: nobody stores it any more
+    assert spool_state(directory).records == 23
+    monkeypatch.undo()
+    with EventWriter(store, spool_directory=directory) as again:
+        assert again.flush(30) == 0
+        health = again.health()
+    assert (health.accepted, health.stored) == (23, 23)
+    assert store.get_events("s") == events
+    assert store.get_events(ODD.session_id) == [ODD]
+    got = store.get_session("s")
+    assert got is not None
+    assert (got.status, got.label, got.token_usage.total_output) == ("error", None, 3)
+    assert spool_state(directory) == (0, 0, None)
+
+
+def test_without_failures_nothing_goes_to_disk_if_so_chosen(
+    store: BaseStore, directory: Path
+) -> None:
+    with EventWriter(store, spool="on_failure", spool_directory=directory) as writer:
+        receipts = [writer.put(event("s", T0 + i)) for i in range(500)]
+        assert receipts[-1].wait_safe(30)
+        assert receipts[-1].stored
+        assert writer.health().spool_bytes == 0
+    assert list(directory.glob("*.log")) == []
+
+
+def test_memory_stays_bounded_whatever_the_backlog(
+    store: BaseStore, directory: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    options: dict[str, Any] = {"spool": mode, "spool_directory": directory}
+    with EventWriter(store, memory_bytes=2**20, **options) as writer:
+        events = [event(f"s{i % 3}", T0 + i, data={"x": "x" * 5000}) for i in range(1500)]
+        most = 0
+        for one in events:
+            writer.put(one)
+            most = max(most, writer.health().memory_bytes)
+        assert most <= 2**20 + 2 * 20_000
+        health = writer.health()
+        assert (health.pending, balanced(health)) == (1500, True)
+        monkeypatch.undo()
+        assert writer.flush(60) == 0
+        assert writer.health().stored == 1500
+    for name in ("s0", "s1", "s2"):
+        assert store.get_events(name) == [one for one in events if one.session_id == name]
+
+
+def test_a_full_spool_says_so_and_takes_again_later(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    with EventWriter(store, spool_directory=directory, spool_bytes=2**20) as writer:
+        taken = 0
+        message = r"1,048,576 bytes that it may have are used, \d+ items wait"
+        with pytest.raises(SpoolFull, match=message):  # noqa: PT012
+            for taken in range(2000):
+                writer.put(event("s", T0 + taken, data={"x": "x" * 2000})).wait_safe(30)
+        assert 400 < taken < 500
+        health = writer.health()
+        assert (health.accepted, health.pending) == (taken, taken)
+        monkeypatch.undo()
+        assert writer.flush(30) == 0
+        writer.put(event("s", T0 + taken))
+        assert writer.flush(30) == 0
+        assert len(store.get_events("s", limit=9999)) == taken + 1
+
+
+def test_numbers_that_the_spool_has_lost_are_counted_not_waited_for(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    with EventWriter(store, spool_directory=directory, memory_bytes=2**20) as writer:
+        for n in range(600):
+            writer.put(event("s", T0 + n, data={"x": "x" * 5000})).wait_safe(30)
+        for path in sorted(directory.glob("*.log"))[1:3]:
+            path.unlink()
+        monkeypatch.undo()
+        assert writer.flush(60) == 0
+        health = writer.health()
+    assert balanced(health)
+    assert health.stored == len(store.get_events("s", limit=9999)) < 600
+    assert health.set_aside == 600 - health.stored
+    assert len(health.damages) >= 2
+
+
+def test_a_second_writer_needs_a_directory_of_its_own(store: BaseStore, directory: Path) -> None:
+    with (
+        EventWriter(store, spool_directory=directory),
+        pytest.raises(ConfigurationError, match="directory of its own"),
+    ):
+        EventWriter(store, spool_directory=directory).init()
+
+
+def test_the_default_spool_is_named_by_the_environment_or_in_the_home_directory(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONTEXTUATE_SPOOL", str(tmp_path / "named"))
+    assert str(tmp_path / "named") in repr(EventWriter(store))
+    monkeypatch.delenv("CONTEXTUATE_SPOOL")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(tmp_path / ".contextuate/monitor/spool") in repr(EventWriter(store))
+
+
+# --- A disk that fails ----------------------------------------------------------------------------
+
+
+def broken_disk(writer: EventWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer._spool, "append", fail)
+
+
+def test_without_a_disk_the_database_still_gets_everything(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EventWriter(store, spool_directory=directory, batch_seconds=0.01) as writer:
+        broken_disk(writer, monkeypatch)
+        receipts = [writer.put(event("s", T0 + i)) for i in range(300)]
+        assert receipts[-1].wait_stored(30)
+        assert receipts[-1].safe
+        assert "No space left" in str(writer.health().last_error)
+        monkeypatch.undo()
+        writer.put(event("s", T0 + 300)).wait_stored(30)
+        assert writer.health().stored == 301
+    assert [e.timestamp for e in store.get_events("s")] == [T0 + i for i in range(301)]
+
+
+def test_without_disk_and_database_memory_fills_and_closing_tells_what_is_lost(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = EventWriter(store, spool_directory=directory, memory_bytes=2**20, put_timeout=0.2)
+    writer.init()
+    away(store, monkeypatch)
+    broken_disk(writer, monkeypatch)
+    taken = 0
+    with pytest.raises(SpoolError, match="device; memory is full"):  # noqa: PT012
+        for taken in range(5000):
+            receipt = writer.put(event("s", T0 + taken, data={"x": "x" * 1000}))
+    assert not receipt.safe
+    assert writer.health().memory_bytes <= 2**20
+    with pytest.raises(SpoolError, match=f"{taken:,} items are neither stored nor on disk: No"):
+        writer.close(0.1)
+    assert writer.close() == 0
+
+
+def test_what_memory_holds_goes_to_disk_first_once_that_works_again(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EventWriter(store, spool_directory=directory) as writer:
+        away(store, monkeypatch)
+        with monkeypatch.context() as patch:
+            broken_disk(writer, patch)
+            first = [writer.put(event("s", T0 + i)) for i in range(10)]
+            time.sleep(0.1)
+            assert not first[0].safe
+        second = writer.put(event("s", T0 + 10))
+        assert second.wait_safe(30)
+        assert all(receipt.safe for receipt in first)
+        monkeypatch.undo()
+        assert writer.flush(30) == 0
+    assert [e.timestamp for e in store.get_events("s")] == [T0 + i for i in range(11)]
+
+
+# --- Poison ---------------------------------------------------------------------------------------
+
+
+def test_poison_is_set_aside_and_its_neighbours_are_stored(
+    writer: EventWriter, store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = [event(f"s{i % 5}", T0 + i) for i in range(500)]
+    events[7] = event("s2", T0 + 7, data={"x": [1, float("nan")]})
+    events[250] = event("s0", 12, data={"deep": {1: (2,)}})
+    events[499] = event("s4", T0 + 499, data={"x": "x" * 17_000_000})
+    receipts = [writer.put(one) for one in events]
+    assert writer.flush(60) == 0
+    health = writer.health()
+    assert (health.stored, health.set_aside, health.dead_letters) == (497, 3, 3)
+    assert balanced(health)
+    reasons = {n: receipt.refusal for n, receipt in enumerate(receipts) if receipt.refusal}
+    assert sorted(reasons) == [7, 250, 499]
+    assert reasons[7] == "data.x[1]: JSON has no nan"
+    assert "timestamp: 12" in str(reasons[250])
+    assert "at most 16,777,216 are kept" in str(reasons[499])
+    letters = list(DeadLetters(directory / "dead"))
+    assert {letter.content.reason for letter in letters} == set(reasons.values())
+    by_id = {letter.content.record["id"]: letter.content.record for letter in letters}
+    assert by_id[events[7].id]["data"] == {"x": [1, "nan"]}
+    assert by_id[events[250].id]["data"] == {"deep": {"1": [2]}}
+    assert len(by_id[events[499].id]["data"]["x"]) == 17_000_000
+
+
+def test_what_only_the_server_refuses_is_found_and_can_be_tried_again(
+    writer: EventWriter, store: BaseStore, directory: Path, database: Database
+) -> None:
+    check = "ALTER TABLE events ADD CONSTRAINT no_teapots CHECK (tool_name <> 'Teapot')"
+    database.execute(check)
+    try:
+        teapots = [event("s", T0 + i, data={"toolName": "Teapot", "n": 2**70}) for i in (3, 50)]
+        others = [event("s", T0 + i) for i in range(100, 200)]
+        receipts = [writer.put(one) for one in [*others[:50], *teapots, *others[50:]]]
+        assert writer.flush(30) == 0
+        assert "no_teapots" in str(receipts[50].refusal)
+        assert store.get_events("s") == others
+    finally:
+        verb = "CONSTRAINT" if database.backend == "postgresql" else "CHECK"
+        database.execute(f"ALTER TABLE events DROP {verb} no_teapots")
+    letters = DeadLetters(directory / "dead")
+    assert len(letters.ids()) == 2
+    for letter in letters:
+        assert replay(letter, store)
+        assert not replay(letter, store)
+        letters.remove(letter.id)
+    assert store.get_events("s") == sorted([*others, *teapots], key=lambda e: e.timestamp)
+    assert letters.ids() == []
+
+
+def test_sessions_and_updates_that_cannot_be_kept_are_set_aside(
+    writer: EventWriter, store: BaseStore, directory: Path
+) -> None:
+    bad: list[Receipt] = [
+        writer.put_session(session("s", working_directory="x" * 20_000)),
+        writer.put_session(session("s", status="asleep", token_usage=None)),
+        writer.update_session("s", label="x" * 20_000),
+        writer.update_session("", label="x"),
+    ]
+    writer.put_session(session("s", label="good"))
+    assert writer.flush(30) == 0
+    assert all(receipt.refusal for receipt in bad)
+    got = store.get_session("s")
+    assert got is not None
+    assert got.label == "good"
+    letters = list(DeadLetters(directory / "dead"))
+    assert sorted(letter.content.kind for letter in letters) == ["session"] * 2 + ["update"] * 2
+    for letter in letters:
+        with pytest.raises(InvalidRecord):
+            replay(letter, store)
+
+
+def test_good_letters_of_every_kind_can_be_tried_again(store: BaseStore, tmp_path: Path) -> None:
+    letters = DeadLetters(tmp_path / "dead")
+    assert letters.ids() == []
+    letters.add(queued.refused_input(SESSION, "then"), T0)
+    letters.add(queued.refused_input(UPDATE, "then"), T0 + 1)
+    letters.add(queued.refused_input(ODD, "then"), T0 + 2)
+    letters.add(queued.unreadable(b"Z", "then"), T0 + 3)
+    *good, strange = letters
+    assert [replay(letter, store) for letter in good] == [True, True, True]
+    assert store.get_events(ODD.session_id) == [ODD]
+    got = store.get_session("s")
+    assert got is not None
+    assert (got.label, got.token_usage.total_output) == (None, 3)
+    with pytest.raises(InvalidRecord, match="a record of another version"):
+        replay(strange, store)
+    with pytest.raises(SpoolError, match="no dead letter '../x'"):
+        letters.read("../x")
+    with pytest.raises(SpoolError, match="no dead letter 1700000000009-"):
+        letters.read("1700000000009-" + "0" * 12)
+    (tmp_path / "dead" / f"1700000000009-{'0' * 12}.json").write_text("[]")
+    with pytest.raises(SpoolError, match="no dead letter can be read there"):
+        list(letters)
+
+
+def test_a_defect_that_one_item_brings_to_light_costs_that_item_only(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = store.save_rows
+
+    def save_rows(rows: Any) -> Any:
+        if any(row.event.timestamp == T0 + 13 for row in rows):
+            raise ZeroDivisionError("a defect")
+        return original(rows)
+
+    monkeypatch.setattr(store, "save_rows", save_rows)
+    receipts = [writer.put(event("s", T0 + i)) for i in range(40)]
+    assert writer.flush(30) == 0
+    assert receipts[13].refusal == "ZeroDivisionError: a defect"
+    assert (writer.health().stored, writer.health().set_aside) == (39, 1)
+
+
+def test_letters_wait_for_a_disk_that_is_full(
+    writer: EventWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._dead_letters, "add", fail)
+        receipt = writer.put(event(data={"x": float("inf")}))
+        assert not receipt.wait_stored(0.5)
+        assert "No space left" in str(writer.health().last_error)
+    assert receipt.wait_stored(30)
+    assert writer.health().dead_letters == 1
+
+
+# --- Redaction and policy -------------------------------------------------------------------------
+
+
+def test_what_redact_takes_out_reaches_neither_disk_nor_database(
+    store: BaseStore, directory: Path, mode: Any
+) -> None:
+    def redact(one: MonitorEvent) -> MonitorEvent:
+        text = json.dumps(one.data).replace("hunter2", "***")
+        return event(one.session_id, one.timestamp, id=one.id, data=json.loads(text))
+
+    with EventWriter(store, spool=mode, spool_directory=directory, redact=redact) as writer:
+        writer.put(event("s", T0, data={"password": "hunter2"}))
+        writer.put(event("s", 1, data={"password": "hunter2"}))
+        assert writer.flush(30) == 0
+        written = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
+    assert store.get_events("s")[0].data == {"password": "***"}
+    assert written
+    assert not any(b"hunter2" in text for text in written)
+
+
+def test_an_event_that_redact_fails_on_is_not_taken(store: BaseStore, directory: Path) -> None:
+    def fail(one: MonitorEvent) -> MonitorEvent:
+        raise KeyError(one.data["secret"])
+
+    with EventWriter(store, spool_directory=directory, redact=fail) as writer:
+        with pytest.raises(InvalidRecord, match=r"^event: redact failed: KeyError$"):
+            writer.put(event(data={"secret": "x"}))
+        assert writer.health().accepted == 0
+    with (
+        EventWriter(store, spool_directory=directory, redact=lambda _: None) as writer,  # type: ignore[arg-type,return-value]
+        pytest.raises(InvalidRecord, match="redact gave no MonitorEvent: NoneType"),
+    ):
+        writer.put(event())
+
+
+def test_bulky_copies_are_trimmed_and_told(store: BaseStore, directory: Path) -> None:
+    before, image = "line\n" * 1000, "QUJD" * 1000
+    data = {
+        "toolName": "Edit",
+        "toolOutput": {"originalFile": before, "filePath": "/x", "newString": "n" * 5000},
+        "images": [{"type": "base64", "data": image}, {"type": "url", "data": image}],
+        "file": {"base64": image, "originalFile": "short"},
+        "a/b~c": {"originalFile": "ü" * 1000},
+    }
+    policy = PayloadPolicy()
+    with EventWriter(store, spool_directory=directory, policy=policy) as writer:
+        sent = event(data=data)
+        assert writer.put(sent).wait_stored(30)
+    [got] = store.get_events("s")
+    told = {one["path"]: one for one in got.data.pop("trimmed")}
+    assert got.data == {
+        **data,
+        "toolOutput": {"originalFile": None, "filePath": "/x", "newString": "n" * 5000},
+        "images": [{"type": "base64", "data": None}, {"type": "url", "data": image}],
+        "file": {"base64": None, "originalFile": "short"},
+        "a/b~c": {"originalFile": None},
+    }
+    assert set(told) == {
+        "/toolOutput/originalFile", "/images/0/data", "/file/base64", "/a~1b~0c/originalFile",
+    }  # fmt: skip
+    digest = hashlib.sha256(before.encode()).hexdigest()
+    assert told["/toolOutput/originalFile"]["sha256"] == digest
+    assert told["/toolOutput/originalFile"]["bytes"] == 5000
+    assert told["/a~1b~0c/originalFile"]["bytes"] == 2000
+
+
+def test_the_largest_texts_go_until_a_payload_has_its_size() -> None:
+    data = {"a": "a" * 3000, "b": ["b" * 2000, {"c": "c" * 1500}], "d": "d" * 100}
+    policy = PayloadPolicy(mirrors=False, max_bytes=4000)
+    kept = policy.apply(data)
+    assert kept["a"] is None
+    assert kept["b"] == data["b"]
+    assert [one["path"] for one in kept["trimmed"]] == ["/a"]
+    assert data["a"] == "a" * 3000
+    small = PayloadPolicy(max_bytes=1024).apply({**data, "trimmed": [{"path": "/before"}]})
+    assert [one["path"] for one in small["trimmed"]] == ["/before", "/a", "/b/0", "/b/1/c"]
+    assert small["d"] == "d" * 100
+    assert policy.apply({"x": 1}) == {"x": 1}
+    odd = {"big": 2**80, "s": "\ud800" * 5000}
+    assert policy.apply(odd)["s"] is None
+    with pytest.raises(ConfigurationError, match="max_bytes: 5 is not a number of bytes"):
+        PayloadPolicy(max_bytes=5)
+
+
+# --- Receipts, flush, close, health ---------------------------------------------------------------
+
+
+def test_callbacks_come_once_and_a_failing_one_harms_nobody(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    calls: list[str] = []
+    receipt = writer.put(event())
+    receipt.on_stored(lambda _: 1 / 0)
+    receipt.on_stored(lambda r: calls.append(f"stored {r.stored}"))
+    receipt.on_safe(lambda r: calls.append(f"safe {r.safe}"))
+    assert repr(receipt).startswith("<Receipt 1: ")
+    monkeypatch.undo()
+    assert receipt.wait_stored(30)
+    receipt.on_stored(lambda r: calls.append(f"late {r.stored}"))
+    assert writer.flush(30) == 0
+    assert sorted(calls) == ["late True", "safe True", "stored True"]
+
+
+def test_a_callback_of_what_is_left_is_called_when_the_writer_closes(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    writer = EventWriter(store, spool_directory=directory)
+    writer.init()
+    receipt = writer.put(event())
+    calls: list[bool] = []
+    receipt.on_stored(lambda r: calls.append(r.stored))
+    assert receipt.wait_stored(0.01) is False
+    assert writer.close(0) == 1
+    assert calls == [False]
+
+
+def test_flush_tells_how_much_is_left_when_the_time_is_up(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert writer.flush() == 0
+    away(store, monkeypatch)
+    for i in range(5):
+        writer.put(event("s", T0 + i))
+    assert writer.flush(0.2) == 5
+    health = writer.health()
+    assert health.retries > 0
+    assert health.last_error == "StoreUnavailable: the database is away"
+    assert health.failing_seconds is not None
+    assert health.oldest_seconds is not None
+    monkeypatch.undo()
+    assert writer.flush() == 0
+    assert writer.health().failing_seconds is None
+
+
+def test_a_closed_writer_says_so(store: BaseStore, directory: Path) -> None:
+    writer = EventWriter(store, spool_directory=directory)
+    for call in (lambda: writer.put(event()), writer.flush, writer.health):
+        with pytest.raises(StoreClosed, match="the writer is not open"):
+            call()
+    writer.init()
+    writer.init()
+    assert writer.close() == 0
+    assert writer.close() == 0
+    with pytest.raises(StoreClosed):
+        writer.put(event())
+    with writer:
+        assert writer.put(event()).wait_stored(30)
+
+
+def test_the_writer_opens_the_store_when_it_can_and_leaves_it_open(
+    database: Database, directory: Path
+) -> None:
+    store = make_store(database.url)
+    with EventWriter(store, spool_directory=directory) as writer:
+        assert writer.put(event()).wait_stored(30)
+    assert store.get_session("s") is not None
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spool": "never"}, "spool: 'always' or 'on_failure', not 'never'"),
+        ({"memory_bytes": 5}, "memory_bytes: 5 is not a number of bytes"),
+        ({"spool_bytes": 1.5e9}, "spool_bytes: 1500000000.0 is not"),
+        ({"batch_rows": 0}, "batch_rows: 0 is not a number of rows"),
+        ({"batch_seconds": -1}, "batch_seconds: -1 is not a number of seconds"),
+        ({"put_timeout": "1"}, "put_timeout: '1' is not a number of seconds"),
+    ],
+)
+def test_senseless_settings_are_named(options: dict[str, Any], message: str) -> None:
+    store = make_store("postgresql://localhost/x")
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
+        EventWriter(store, **options)
+
+
+def test_what_is_no_event_is_an_error_at_once(writer: EventWriter) -> None:
+    with pytest.raises(InvalidRecord, match="a MonitorEvent is needed, not dict"):
+        writer.put({})  # type: ignore[arg-type]
+    with pytest.raises(InvalidRecord, match="a SessionMeta is needed, not dict"):
+        writer.put_session({})  # type: ignore[arg-type]
+    with pytest.raises(InvalidRecord, match="colour: no field that update_session can set"):
+        writer.update_session("s", colour=1)  # type: ignore[call-arg]
+
+
+def test_metrics_are_told_now_and_then_and_at_the_end(store: BaseStore, directory: Path) -> None:
+    told: list[WriterHealth] = []
+
+    def metrics(health: WriterHealth) -> None:
+        told.append(health)
+        if len(told) == 1:
+            raise ValueError
+
+    with EventWriter(
+        store, spool_directory=directory, metrics=metrics, metrics_seconds=0.05
+    ) as writer:
+        for i in range(20):
+            writer.put(event("s", T0 + i))
+            time.sleep(0.01)
+        writer.flush(30)
+    time.sleep(0.1)
+    assert len(told) > 2
+    assert all(balanced(health) for health in told)
+    assert told[-1].stored == 20
+
+
+def test_many_threads_share_transactions(
+    store: BaseStore, directory: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    original = store.save_rows
+
+    def save_rows(rows: Any) -> Any:
+        batches.append(len(rows))
+        return original(rows)
+
+    monkeypatch.setattr(store, "save_rows", save_rows)
+    with EventWriter(store, spool=mode, spool_directory=directory) as writer:
+
+        def produce(number: int) -> None:
+            chance = random.Random(number)
+            for i in range(200):
+                writer.put(event(f"t{number}", T0 + i))
+                if chance.random() < 0.05:
+                    time.sleep(0.001)
+
+        threads = [threading.Thread(target=produce, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert writer.flush(30) == 0
+    assert sum(batches) == 1600
+    assert len(batches) < 100
+    for number in range(8):
+        assert [e.timestamp for e in store.get_events(f"t{number}")] == [T0 + i for i in range(200)]
+
+
+def test_two_writers_in_two_processes_store_the_same_events_once(
+    database: Database, tmp_path: Path
+) -> None:
+    program = """
+import sys
+from contextuate_persist import EventWriter, MonitorEvent, open_store
+store = open_store(sys.argv[1])
+with EventWriter(store, spool_directory=sys.argv[2]) as writer:
+    for n in range(600):
+        writer.put(MonitorEvent(id=f"00000000-0000-4000-8000-{n:012d}", timestamp=1700000000000 + n,
+            session_id=f"s{n % 3}", machine_id="m", working_directory="/", event_type="e",
+            hook_type="h", data={"n": n}))
+    assert writer.flush(60) == 0
+    health = writer.health()
+    print(health.stored, health.duplicate)
+store.close()
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, database.url, str(tmp_path / name)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    counts = [
+        [int(n) for n in process.communicate(timeout=120)[0].split()] for process in processes
+    ]
+    assert sum(stored for stored, _ in counts) == 600
+    assert sum(duplicate for _, duplicate in counts) == 600
+    with make_store(database.url) as store:
+        assert sum(store.event_counts().values()) == 600
+
+
+def test_a_forked_child_leaves_the_writer_to_its_parent(
+    writer: EventWriter, store: BaseStore
+) -> None:
+    writer.put(event("s", T0)).wait_stored(30)
+    child = os.fork()
+    if child == 0:
+        try:
+            writer.put(event("s", T0 + 1))
+        except StoreClosed:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert writer.put(event("s", T0 + 2)).wait_stored(30)
+    assert [e.timestamp for e in store.get_events("s")] == [T0, T0 + 2]
+
+
+# --- For asyncio ----------------------------------------------------------------------------------
+
+
+def test_the_asyncio_writer_does_the_same(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        inner = EventWriter(store, spool_directory=directory, memory_bytes=2**20)
+        async with AsyncEventWriter(inner) as writer:
+            assert "AsyncEventWriter" in repr(writer)
+            receipt = await writer.put(event("s", T0))
+            assert await receipt.wait_safe()
+            assert await receipt.wait_stored()
+            assert (receipt.safe, receipt.stored, receipt.refusal) == (True, True, None)
+            assert repr(receipt) == f"<AsyncReceipt {receipt.number}: stored>"
+            await writer.put_session(session("s"))
+            await writer.update_session("s", label="x")
+            refused = await writer.put(event(data={"x": float("nan")}))
+            assert await refused.wait_stored()
+            assert refused.refusal == "data.x: JSON has no nan"
+            # Faster than the disk: waits for room in a thread, the loop goes on.
+            many = [event("m", T0 + i, data={"x": "x" * 9000}) for i in range(600)]
+            await asyncio.gather(*(writer.put(one) for one in many))
+            assert await writer.flush(30) == 0
+            health = writer.health()
+            assert (health.stored, health.set_aside) == (603, 1)
+            cancelled = asyncio.create_task((await writer.put(event("c"))).wait_stored())
+            await asyncio.sleep(0)
+            cancelled.cancel()
+        with pytest.raises(StoreClosed):
+            await writer.put(event())
+
+    asyncio.run(main())
+    got = store.get_session("s")
+    assert got is not None
+    assert got.label == "x"
+
+
+def test_the_asyncio_writer_raises_what_the_other_does(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+
+    async def main() -> None:
+        inner = EventWriter(store, spool_directory=directory, spool_bytes=2**20)
+        async with AsyncEventWriter(inner) as writer:
+            receipt = await writer.put(event())
+            with pytest.raises(SpoolFull):  # noqa: PT012
+                for i in range(1000):
+                    await writer.put(event("s", T0 + i, data={"x": "x" * 4000}))
+            left = asyncio.create_task(receipt.wait_stored())
+            await asyncio.sleep(0.01)
+            assert await writer.close(0) > 50
+            assert await left is False
+
+    asyncio.run(main())
