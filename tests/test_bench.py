@@ -43,7 +43,7 @@ def test_the_benchmark_says_for_every_goal_whether_it_is_met_and_tidies_up(
         assert len(told) == (not any(word in name for word in ELSEWHERE)), name
     written = orjson.loads(output.read_bytes())
     assert {figure["chapter"] for figure in written["figures"]} == {
-        "growth", "reads", "threads", "single", "ingest", "retention"
+        "growth", "reads", "threads", "single", "ingest", "writing", "retention"
     }  # fmt: skip
     assert all(figure["value"] > 0 for figure in written["figures"] if figure["goal"])
     server = written["servers"][administrator.kind]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from contextuate_persist.bench import load
+from contextuate_persist.bench import load, writing
 from contextuate_persist.bench.bare import Bare
 from contextuate_persist.bench.load import Load
 from contextuate_persist.bench.measure import (
@@ -59,6 +59,11 @@ GOALS: dict[str, tuple[Goal, Goal]] = {
     "save_event, p95": (at_most(3), at_most(2)),
     "update_session, p95": (at_most(3), at_most(3)),
     "single inserts a second": (at_least(800), at_least(1000)),
+    "put, p50": (at_most(20), at_most(20)),
+    "put, p99": (at_most(200), at_most(200)),
+    "put, database away, p50": (at_most(20), at_most(20)),
+    "put, database away, p99": (at_most(200), at_most(200)),
+    "writer / save_events of 1000": (at_least(0.7), at_least(0.7)),
     "queries a second": (at_least(3000), at_least(5000)),
     "readers at once without an error": (at_least(200), at_least(100)),
 }
@@ -128,6 +133,7 @@ class Suite:
             self.reads,
             self.threads,
             self.ingest,
+            self.writing,
             self.retention,
         ):
             self.tell(f"{self.store.backend}: {chapter.__name__}")
@@ -388,6 +394,30 @@ class Suite:
                 events=size * 20,
             )["store"]
             self._figure("ingest", f"save_events, batches of {size}", rate, "1/s")
+
+    def writing(self) -> None:
+        """The writer: what a `put` costs its caller, and what reaches the database."""
+        count = min(10_000, 40 * self.scale.calls)
+        for spool in writing.SPOOLS:
+            for away in (False, True):
+                found = writing.put_times(self.store, spool, self._more(count), away=away)
+                name = "put" + (", database away" if away else "")
+                name += "" if spool == "always" else ", spool on failure"
+                for percent in (50, 99):
+                    value = found.percentile(percent) * 1000
+                    self._figure("writing", f"{name}, p{percent}", value, "us")
+
+        blocks = max(1, min(10, self.scale.step // BATCH))
+
+        def fresh() -> list[list[MonitorEvent]]:
+            return list(batches(self._more(blocks * BATCH), BATCH))
+
+        reached = writing.end_to_end(self.store, fresh, self._save, rounds=self.scale.rounds)
+        for spool in writing.SPOOLS:
+            name = "writer" + ("" if spool == "always" else ", spool on failure")
+            self._figure("writing", f"{name}: events a second", reached[spool], "1/s")
+            ratio = reached[spool] / reached["save_events"]
+            self._figure("writing", f"{name} / save_events of 1000", ratio, "x")
 
     def retention(self) -> None:
         """Old sessions go while a writer and a reader go on."""
