@@ -1,0 +1,142 @@
+"""The inbox: a directory in which programs of any kind leave one file for each thing to keep.
+
+Whoever leaves something writes it under a name that begins with a dot, flushes it and renames it:
+so a file that can be seen is whole. Whoever takes it removes it once it is safe elsewhere: so after
+a crash it is there again, and its contents must bear their own id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from contextuate_persist.errors import ConfigurationError, SpoolError
+
+log = logging.getLogger(__name__)
+
+#: A larger file is set aside unread: base64 of the largest payload, and what is around it, is less.
+MAX_FILE_BYTES = 64 * 2**20
+
+_LOCK = ".lock"
+_BAD = "bad"
+
+
+def leave(directory: str | Path, body: bytes) -> str:
+    """Leave a file in an inbox, on disk when this returns; its name. Raises OSError."""
+    place = Path(directory)
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = f"{time.time_ns():020d}-{secrets.token_hex(16)}.json"
+    hidden = place / f".{name}"
+    descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.rename(place / name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+        raise
+    return name
+
+
+class Inbox:
+    """The taking side of an inbox: one process at a time, files in the order of their names."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._locking: int | None = None
+        self._taken: set[str] = set()
+
+    def open(self) -> None:
+        """Take the inbox for this process; makes the directory.
+
+        Raises ConfigurationError while another process has it, SpoolError if it cannot be used.
+        """
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._locking = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._locking, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ConfigurationError(
+                f"inbox: another process takes what comes to {self.directory}"
+            ) from None
+        except OSError as error:
+            self.close()
+            raise SpoolError(f"{self.directory}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Let go of the inbox. A second call does nothing."""
+        if self._locking is not None:
+            os.close(self._locking)
+            self._locking = None
+        self._taken = set()
+
+    def __enter__(self) -> Inbox:  # noqa: PYI034  (Self needs Python 3.11)
+        """Call `open()`."""
+        self.open()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Call `close()`."""
+        self.close()
+
+    def take(self, limit: int = 1000) -> Iterator[tuple[str, bytes]]:
+        """The oldest files that are not taken yet, with their names; what is no such file goes.
+
+        Each stays until `done` or `set_aside`, or comes again after `give_back`.
+        """
+        names = sorted(name for name in os.listdir(self.directory) if self._is_new(name))
+        for name in names[:limit]:
+            try:
+                body = self._read(name)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                self.set_aside(name, str(error))
+                continue
+            self._taken.add(name)
+            yield name, body
+
+    def _is_new(self, name: str) -> bool:
+        return not name.startswith(".") and name != _BAD and name not in self._taken
+
+    def _read(self, name: str) -> bytes:
+        # Neither a link to somebody else's file nor a pipe that never ends.
+        descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no file")
+            if found.st_size > MAX_FILE_BYTES:
+                raise ValueError(f"it has {found.st_size:,} bytes, at most {MAX_FILE_BYTES:,} fit")
+            return file.read()
+
+    def done(self, name: str) -> None:
+        """What was in this file is safe elsewhere: remove it."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.directory / name).unlink()
+        self._taken.discard(name)
+
+    def give_back(self, name: str) -> None:
+        """What was in this file is not safe yet: let it be taken again."""
+        self._taken.discard(name)
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Nobody can make anything of this file: move it to `bad`, beside a note that says why."""
+        log.warning("inbox %s: %s is set aside: %s", self.directory, ascii(name), reason)
+        bad = self.directory / _BAD
+        bad.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            (self.directory / name).rename(bad / name)
+            (bad / f"{name}.why").write_text(reason + "\n", encoding="utf-8", errors="replace")
+        self._taken.discard(name)

@@ -1,0 +1,126 @@
+"""The inbox: each file is taken once, and stays until it is safe elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from contextuate_persist import ConfigurationError, SpoolError
+from contextuate_persist import inbox as inbox_module
+from contextuate_persist.inbox import Inbox, leave
+
+
+def test_files_are_taken_in_the_order_in_which_they_were_left(tmp_path: Path) -> None:
+    names = [leave(tmp_path / "in", b"%d" % n) for n in range(20)]
+    with Inbox(tmp_path / "in") as inbox:
+        assert list(inbox.take(15)) == [(name, b"%d" % n) for n, name in enumerate(names[:15])]
+        assert [name for name, _ in inbox.take()] == names[15:]
+        assert list(inbox.take()) == []
+        inbox.done(names[0])
+        inbox.done(names[0])
+        inbox.give_back(names[1])
+        assert [name for name, _ in inbox.take()] == [names[1]]
+    with Inbox(tmp_path / "in") as inbox:  # after a crash: what was not done comes again
+        assert [name for name, _ in inbox.take()] == names[1:]
+
+
+def test_the_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    name = leave(tmp_path / "in", b"secret")
+    assert (tmp_path / "in").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "in" / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_not_whole_yet_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / ".00001.json").write_bytes(b"half")
+    with Inbox(tmp_path) as inbox:
+        assert list(inbox.take()) == []
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        leave(tmp_path / "in", b"x")
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+def test_what_is_no_file_of_ours_is_set_aside_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(inbox_module, "MAX_FILE_BYTES", 10)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"not ours")
+    place = tmp_path / "in"
+    good = leave(place, b"good")
+    (place / "link").symlink_to(secret)
+    os.mkfifo(place / "pipe")
+    (place / "directory").mkdir()
+    (place / "large").write_bytes(b"x" * 11)
+    with Inbox(place) as inbox:
+        assert list(inbox.take()) == [(good, b"good")]
+        inbox.set_aside(good, "no JSON \udcff")
+        assert list(inbox.take()) == []
+        inbox.set_aside("gone", "it was there a moment ago")
+    bad = {path.name for path in (place / "bad").iterdir()}
+    assert {"link", "pipe", "directory", "large", good} <= bad
+    assert (place / "bad" / "large.why").read_text() == "it has 11 bytes, at most 10 fit\n"
+    assert secret.read_bytes() == b"not ours"
+    assert "is set aside: it is no file" in caplog.text
+
+
+def test_one_process_takes_at_a_time(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from contextuate_persist.inbox import Inbox
+try:
+    Inbox({str(tmp_path)!r}).open()
+except Exception as error:
+    sys.exit(f"{{type(error).__name__}}: {{error}}")
+"""
+    with Inbox(tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("ConfigurationError: inbox: another process takes")
+        with pytest.raises(ConfigurationError):
+            Inbox(tmp_path).open()
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == 0
+
+
+def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    inbox = Inbox(tmp_path / "file" / "in")
+    with pytest.raises(SpoolError, match="file/in: Not a directory"):
+        inbox.open()
+    inbox.close()
+
+
+def test_a_file_that_goes_while_it_is_looked_for_is_no_error(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            (tmp_path / leave(tmp_path, b"x")).unlink(missing_ok=True)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        with Inbox(tmp_path) as inbox:
+            for _ in range(200):
+                for name, body in inbox.take():
+                    assert body == b"x"
+                    inbox.done(name)
+    finally:
+        stop.set()
+        thread.join()
