@@ -122,6 +122,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_find(command("find", "find events, newest first"))
     recent = command("recent", "show the newest events of all sessions, newest first")
     recent.add_argument("--limit", metavar="N", type=_limit, default=20, help="how many (20)")
+    watch = command("watch", "sessions as a tree and the newest events, drawn again and again")
+    watch.add_argument(
+        "--interval", metavar="S", type=_seconds, default=1.0, help="seconds between views (1)"
+    )
     command("status", "ask the database how it is")
     _add_spool(command("spool", "what waits on this machine for the database: see it, store it"))
     _add_dead(command("dead", "what was set aside since no database takes it: see it, try again"))

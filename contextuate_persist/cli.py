@@ -31,6 +31,7 @@ from contextuate_persist.console import (
 from contextuate_persist.errors import ConfigurationError, PersistenceError, SessionNotFound
 from contextuate_persist.model import MonitorEvent
 from contextuate_persist.transfer import ImportReport, import_path
+from contextuate_persist.watch import watch
 
 # --- Commands -------------------------------------------------------------------------------------
 
@@ -252,6 +253,12 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _watch(args: argparse.Namespace) -> int:
+    with _store(args) as store:
+        watch(store, args.interval)
+    return 0
+
+
 def _spool(args: argparse.Namespace) -> int:
     return queue_commands.spool(args, _store)
 
@@ -275,6 +282,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "events": _events,
     "find": _find,
     "recent": _recent,
+    "watch": _watch,
     "status": _status,
     "spool": _spool,
     "dead": _dead,

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from contextuate_persist import display
@@ -23,6 +23,12 @@ _LONGEST = 5000
 
 def show(lines: Iterable[str]) -> None:
     """Print lines of text; what the output's encoding lacks is replaced or escaped."""
+    for line in fitted(lines):
+        sys.stdout.write(line + "\n")
+
+
+def fitted(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of text as standard output can show them."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         display.SIGNS.encode(encoding)
@@ -31,7 +37,7 @@ def show(lines: Iterable[str]) -> None:
         signs = display.PLAIN_SIGNS
     for line in lines:
         text = line.translate(signs)
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        yield text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def show_json(records: Iterable[Mapping[str, Any]]) -> None:
