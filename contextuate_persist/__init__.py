@@ -24,6 +24,7 @@ from contextuate_persist.errors import (
 from contextuate_persist.model import (
     Cursor,
     Health,
+    MessageUsage,
     MonitorEvent,
     SaveResult,
     SessionMeta,
@@ -47,6 +48,7 @@ __all__ = [
     "Health",
     "InvalidBatch",
     "InvalidRecord",
+    "MessageUsage",
     "MonitorEvent",
     "PayloadPolicy",
     "PersistenceError",

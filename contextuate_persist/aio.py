@@ -20,6 +20,7 @@ from contextuate_persist.errors import SpoolError, SpoolFull, StoreClosed
 from contextuate_persist.model import (
     Cursor,
     Health,
+    MessageUsage,
     MonitorEvent,
     SaveResult,
     SessionMeta,
@@ -55,8 +56,8 @@ class AsyncStore:
 
     - Each call is done in one of as many threads as the store has connections, with the caller's
       context variables; more calls than that wait for their turn, without a limit of their own
-      (`asyncio.timeout` sets one). What `save_events` and `save_sessions` are given to iterate over
-      is read before that, in the event loop.
+      (`asyncio.timeout` sets one). What `save_events`, `save_sessions` and `save_usage` are given
+      to iterate over is read before that, in the event loop.
     - A call that is cancelled returns at once. If it has begun, the thread goes on to its end: a
       write may be done or not, and may be sent again, as ever. If not, it is never done.
     - It is bound to no event loop: one may use it after the other. A process that forks may go on
@@ -282,6 +283,9 @@ class AsyncStore:
 
     async def update_session(self, session_id: str, **fields: Unpack[SessionFields]) -> None:
         await self._run(self._store.update_session, session_id, **fields)
+
+    async def save_usage(self, session_id: str, usages: Iterable[MessageUsage]) -> int:
+        return await self._run(self._store.save_usage, session_id, list(usages))
 
     async def delete_session(self, session_id: str) -> None:
         await self._run(self._store.delete_session, session_id)

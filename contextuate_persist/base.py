@@ -31,6 +31,7 @@ from contextuate_persist.errors import (
 from contextuate_persist.model import (
     Cursor,
     Health,
+    MessageUsage,
     MonitorEvent,
     SaveResult,
     SessionMeta,
@@ -685,6 +686,41 @@ class BaseStore(ABC):
         # A new parent is locked, and perhaps made, first.
         self._run(update, transaction=fields.get("parent_session_id") is not None)
 
+    def save_usage(self, session_id: str, usages: Iterable[MessageUsage]) -> int:
+        model.check_id("session_id", session_id)
+        self._check_open()
+        messages = _messages(usages)
+        return sum(
+            self._save_usage(session_id, messages[start : start + CHUNK_ROWS])
+            # Also without any message it is asked whether the session is there.
+            for start in range(0, max(1, len(messages)), CHUNK_ROWS)
+        )
+
+    def _save_usage(self, session_id: str, messages: list[MessageUsage]) -> int:
+        ids = [usage.message_id for usage in messages]
+
+        def save(connection: Any) -> int:
+            self._lock_sessions(connection, sorted(touched))
+            if not self._select_shown(connection, [session_id]):
+                raise SessionNotFound(session_id)
+            if not messages:
+                return 0
+            counted = self._upsert_usage(connection, session_id, messages)
+            if not touched.issuperset(self._select_owners(connection, ids)):
+                raise StartOver(repeats=False)
+            self._set_totals(connection, sorted(touched))
+            return counted
+
+        for _ in range(_CONFLICT_ATTEMPTS):
+            # Every writer locks sessions before all else; but whose the messages are is only
+            # certain once they are locked themselves.
+            touched = {session_id, *self._run(partial(self._select_owners, ids=ids))}
+            try:
+                return self._run(save, transaction=True)
+            except StartOver:
+                continue
+        raise StoreUnavailable(f"{self._place}: others keep storing and deleting the same messages")
+
     def delete_session(self, session_id: str) -> None:
         model.check_id("session_id", session_id)
 
@@ -909,6 +945,22 @@ class BaseStore(ABC):
         """Set columns; False if there is no such session."""
 
     @abstractmethod
+    def _lock_sessions(self, connection: Any, ids: list[str]) -> None:
+        """Lock those of the sessions that are there, in the order of their ids."""
+
+    @abstractmethod
+    def _select_owners(self, connection: Any, ids: list[str]) -> list[str]:
+        """The sessions to which those of the messages belong that are stored."""
+
+    @abstractmethod
+    def _upsert_usage(self, connection: Any, session_id: str, messages: list[MessageUsage]) -> int:
+        """Store or raise messages, and lock them all; how many were new or raised."""
+
+    @abstractmethod
+    def _set_totals(self, connection: Any, ids: list[str]) -> None:
+        """Set the token totals of those of the sessions that have messages."""
+
+    @abstractmethod
     def _delete_session(self, connection: Any, session_id: str) -> bool:
         """Delete a session; False if there is no such session."""
 
@@ -987,6 +1039,25 @@ def _event_filters(**given: Any) -> dict[str, Any]:
     if "contains" in filters and not any(name in filters for name in _CONTAINS_BOUNDS):
         raise InvalidRecord(f"contains: give one of {', '.join(_CONTAINS_BOUNDS)} beside it")
     return filters
+
+
+def _messages(usages: Iterable[MessageUsage]) -> list[MessageUsage]:
+    """The readings, one for each message, sorted, since every writer locks them in one order."""
+    if not isinstance(usages, Iterable):
+        raise InvalidRecord(f"usages: a list is needed, not {type(usages).__name__}")
+    merged: dict[str, MessageUsage] = {}
+    refused: list[Refusal] = []
+    for index, usage in enumerate(usages):
+        try:
+            model.check_message_usage(usage)
+        except InvalidRecord as error:
+            refused.append(Refusal(index, _name(usage, "message_id"), str(error)))
+        else:
+            known = merged.get(usage.message_id)
+            merged[usage.message_id] = known.merged(usage) if known else usage
+    if refused:
+        raise InvalidBatch(refused)
+    return [merged[message_id] for message_id in sorted(merged)]
 
 
 def _bound(name: str, value: object) -> Cursor:

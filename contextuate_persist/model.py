@@ -11,7 +11,7 @@ batch at once; `from_wire` and the stores check everything.
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ MAX_TYPE_LENGTH = 100
 #: Characters. Four bytes each still fit MySQL's TEXT (65,535 bytes).
 MAX_TEXT_LENGTH = 16_383
 MAX_SHORT_TEXT_LENGTH = 255
+USAGE_COUNTS = ("input_tokens", "output_tokens", "cache_read", "cache_creation")
 
 
 class SessionStatus(str, Enum):
@@ -68,6 +69,34 @@ class TokenUsage:
     total_output: int = 0
     total_cache_read: int | None = None
     total_cache_creation: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageUsage:
+    """Tokens of one API message, by which every total counts it once."""
+
+    message_id: str
+    timestamp: int
+    model: str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read: int = 0
+    cache_creation: int = 0
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Input, output, read from the cache, written to the cache."""
+        return (self.input_tokens, self.output_tokens, self.cache_read, self.cache_creation)
+
+    def merged(self, later: "MessageUsage") -> "MessageUsage":
+        """Two readings of one message: the larger count of each kind."""
+        return replace(
+            self,
+            input_tokens=max(self.input_tokens, later.input_tokens),
+            output_tokens=max(self.output_tokens, later.output_tokens),
+            cache_read=max(self.cache_read, later.cache_read),
+            cache_creation=max(self.cache_creation, later.cache_creation),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +354,18 @@ def check_event(event: MonitorEvent) -> None:
         raise InvalidRecord(f"data: a JSON object is needed, not {_kind(event.data)}")
 
 
+def check_message_usage(usage: MessageUsage) -> None:
+    """Raise InvalidRecord, naming the field, unless the usage can be kept."""
+    if not isinstance(usage, MessageUsage):
+        raise InvalidRecord(f"usage: a MessageUsage is needed, not {_kind(usage)}")
+    check_id("message_id", usage.message_id)
+    check_timestamp("timestamp", usage.timestamp)
+    if usage.model is not None:
+        _check_short_text("model", usage.model)
+    for name, count in zip(USAGE_COUNTS, usage.counts, strict=True):
+        _check_tokens(name, count)
+
+
 def canonical_event_id(value: object) -> str:
     """The event id as the stores keep it, a UUID in lower case; raises InvalidRecord for others."""
     if isinstance(value, str):
@@ -407,8 +448,12 @@ def _check_usage(name: str, value: object) -> None:
         count = getattr(value, field_name)
         if count is None and field_name.startswith("total_cache"):
             continue
-        if type(count) is not int or not 0 <= count <= MAX_TOKENS:
-            raise InvalidRecord(f"{field_name}: a count is needed, not {shown(count)}")
+        _check_tokens(field_name, count)
+
+
+def _check_tokens(name: str, value: object) -> None:
+    if type(value) is not int or not 0 <= value <= MAX_TOKENS:
+        raise InvalidRecord(f"{name}: a count is needed, not {shown(value)}")
 
 
 def _optional(check: Any) -> Any:

@@ -31,7 +31,7 @@ from contextuate_persist.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from contextuate_persist.model import Health
+from contextuate_persist.model import Health, MessageUsage
 from contextuate_persist.records import EventRow, Seed
 
 try:
@@ -391,6 +391,60 @@ ON DUPLICATE KEY UPDATE known_from = sessions.known_from
 """
 # Once somebody has said where and when a session began, events correct that no more.
 FIRM_COLUMNS = {"machine_id", "working_directory", "start_time", "parent_session_id"}
+
+# Apart from the statement below, which counts a new row once and a raised one twice.
+INSERT_USAGE = """
+INSERT INTO token_ledger (
+    message_id, session_id, timestamp, model,
+    input_tokens, output_tokens, cache_read, cache_creation
+)
+VALUES %(rows)s
+ON DUPLICATE KEY UPDATE message_id = token_ledger.message_id
+"""
+
+# A larger reading raises what is known of a message, whoever owns it; a row that does not change is
+# locked all the same.
+SAVE_USAGE = """
+INSERT INTO token_ledger (
+    message_id, session_id, timestamp, model,
+    input_tokens, output_tokens, cache_read, cache_creation
+)
+VALUES %(rows)s
+ON DUPLICATE KEY UPDATE
+    input_tokens = GREATEST(token_ledger.input_tokens, VALUES(input_tokens)),
+    output_tokens = GREATEST(token_ledger.output_tokens, VALUES(output_tokens)),
+    cache_read = GREATEST(token_ledger.cache_read, VALUES(cache_read)),
+    cache_creation = GREATEST(token_ledger.cache_creation, VALUES(cache_creation))
+"""
+
+SELECT_OWNERS = """
+SELECT DISTINCT t.session_id
+FROM JSON_TABLE(
+    %(message_ids)s, '$[*]' COLUMNS (message_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS given
+JOIN token_ledger AS t ON t.message_id = given.message_id
+"""
+
+# A total is at most what a session may be saved with. A row that has it already is not rewritten.
+SET_TOTALS = """
+UPDATE sessions AS s
+JOIN (
+    SELECT
+        t.session_id,
+        LEAST(SUM(t.input_tokens), 9007199254740991) AS input,
+        LEAST(SUM(t.output_tokens), 9007199254740991) AS output,
+        LEAST(SUM(t.cache_read), 9007199254740991) AS cache_read,
+        LEAST(SUM(t.cache_creation), 9007199254740991) AS cache_creation
+    FROM token_ledger AS t
+    WHERE t.session_id IN (%(session_ids)s)
+    GROUP BY t.session_id
+) AS total ON total.session_id = s.session_id
+SET
+    s.token_usage_input = total.input,
+    s.token_usage_output = total.output,
+    s.token_usage_cache_read = total.cache_read,
+    s.token_usage_cache_creation = total.cache_creation
+"""
 
 # Deleting takes three steps under locks taken in the order of ids: children lose their parent,
 # lists lose the id, then the row goes, its events with it (foreign key).
@@ -837,7 +891,7 @@ class MySQLStore(BaseStore):
         if FIRM_COLUMNS & values.keys():
             clauses.append("known_from = 'session'")
         if parent := values.get("parent_session_id"):
-            _send(connection, LOCK_SESSIONS, {"session_ids": [session_id, parent]})
+            self._lock_sessions(connection, [session_id, parent])
             referring = {"parent_id": parent, "session_id": session_id}
             _execute_write(connection, REFER_TO_PARENT, referring)
         where = "WHERE session_id = %(session_id)s AND known_from <> 'reference'"
@@ -849,18 +903,38 @@ class MySQLStore(BaseStore):
         # A row that has these values already does not count as updated.
         return bool(self._select_shown(connection, [session_id]))
 
+    def _lock_sessions(self, connection: Any, ids: list[str]) -> None:
+        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
+
+    def _select_owners(self, connection: Any, ids: list[str]) -> list[str]:
+        rows = _execute(connection, SELECT_OWNERS, {"message_ids": records.json_list(ids)})
+        return [row[0] for row in rows]
+
+    def _upsert_usage(self, connection: Any, session_id: str, messages: list[MessageUsage]) -> int:
+        rows = [
+            _row_literal((message_id, session_id, *values))
+            for message_id, *values in records.usage_rows(messages)
+        ]
+        inserted = _send_rows(connection, INSERT_USAGE, rows)
+        if inserted == len(rows):
+            return inserted
+        return inserted + _send_rows(connection, SAVE_USAGE, rows) // 2
+
+    def _set_totals(self, connection: Any, ids: list[str]) -> None:
+        _send(connection, SET_TOTALS, {"session_ids": ids})
+
     def _delete_session(self, connection: Any, session_id: str) -> bool:
         own = {"session_id": session_id}
         family = {row[0] for row in _execute(connection, SELECT_FAMILY, own)}
         if session_id not in family:
             return False
         listing = self._select_listing(connection, [session_id])
-        _send(connection, LOCK_SESSIONS, {"session_ids": sorted(family.union(listing))})
+        self._lock_sessions(connection, sorted(family.union(listing)))
         _execute_write(connection, ORPHAN_CHILDREN, own)
         return self._delete_locked(connection, [session_id]) == 1
 
     def _delete_sessions(self, connection: Any, ids: list[str]) -> int:
-        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
+        self._lock_sessions(connection, ids)
         return self._delete_locked(connection, ids)
 
     def _delete_locked(self, connection: Any, ids: list[str]) -> int:
@@ -886,7 +960,7 @@ class MySQLStore(BaseStore):
         return _execute(connection, SELECT_PRUNABLE, {"older_than": older_than})
 
     def _delete_prunable(self, connection: Any, ids: list[str], older_than: int) -> int:
-        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
+        self._lock_sessions(connection, ids)
         parameters = {"session_ids": records.json_list(ids), "older_than": older_than}
         due = trees.whole_trees(_execute(connection, RECHECK_PRUNABLE, parameters))
         return self._delete_locked(connection, due) if due else 0

@@ -16,7 +16,7 @@ from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
-from contextuate_persist import base, payload, records, schema, trees
+from contextuate_persist import base, model, payload, records, schema, trees
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local, ssl_authorities
 from contextuate_persist.errors import (
@@ -26,7 +26,7 @@ from contextuate_persist.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from contextuate_persist.model import Health
+from contextuate_persist.model import Health, MessageUsage
 from contextuate_persist.records import EventRow, Seed
 
 # --- Events ---------------------------------------------------------------------------------------
@@ -396,6 +396,66 @@ ON CONFLICT (session_id) DO NOTHING
 """
 # Once somebody has said where and when a session began, events correct that no more.
 FIRM_COLUMNS = {"machine_id", "working_directory", "start_time", "parent_session_id"}
+
+# A larger reading raises what is known of a message, whoever owns it; where the WHERE is false the
+# row is locked all the same.
+SAVE_USAGE = """
+INSERT INTO token_ledger AS t (
+    message_id, session_id, timestamp, model,
+    input_tokens, output_tokens, cache_read, cache_creation
+)
+SELECT
+    given.message_id, %(session_id)s::varchar, given.timestamp, given.model,
+    given.input_tokens, given.output_tokens, given.cache_read, given.cache_creation
+FROM unnest(
+    %(message_ids)s::text[], %(timestamps)s::bigint[], %(models)s::text[],
+    %(input_tokens)s::bigint[], %(output_tokens)s::bigint[], %(cache_read)s::bigint[],
+    %(cache_creation)s::bigint[]
+) AS given (
+    message_id, timestamp, model, input_tokens, output_tokens, cache_read, cache_creation
+)
+ON CONFLICT (message_id) DO UPDATE SET
+    input_tokens = GREATEST(t.input_tokens, EXCLUDED.input_tokens),
+    output_tokens = GREATEST(t.output_tokens, EXCLUDED.output_tokens),
+    cache_read = GREATEST(t.cache_read, EXCLUDED.cache_read),
+    cache_creation = GREATEST(t.cache_creation, EXCLUDED.cache_creation)
+WHERE EXCLUDED.input_tokens > t.input_tokens
+    OR EXCLUDED.output_tokens > t.output_tokens
+    OR EXCLUDED.cache_read > t.cache_read
+    OR EXCLUDED.cache_creation > t.cache_creation
+"""
+
+SELECT_OWNERS = """
+SELECT DISTINCT t.session_id
+FROM token_ledger AS t
+WHERE t.message_id = ANY(%(message_ids)s::text[])
+"""
+
+# A total is at most what a session may be saved with.
+SET_TOTALS = """
+UPDATE sessions AS s
+SET
+    token_usage_input = total.input,
+    token_usage_output = total.output,
+    token_usage_cache_read = total.cache_read,
+    token_usage_cache_creation = total.cache_creation
+FROM (
+    SELECT
+        t.session_id,
+        LEAST(sum(t.input_tokens), 9007199254740991)::bigint AS input,
+        LEAST(sum(t.output_tokens), 9007199254740991)::bigint AS output,
+        LEAST(sum(t.cache_read), 9007199254740991)::bigint AS cache_read,
+        LEAST(sum(t.cache_creation), 9007199254740991)::bigint AS cache_creation
+    FROM token_ledger AS t
+    WHERE t.session_id = ANY(%(session_ids)s::text[])
+    GROUP BY t.session_id
+) AS total
+WHERE s.session_id = total.session_id
+    AND (
+        s.token_usage_input, s.token_usage_output,
+        s.token_usage_cache_read, s.token_usage_cache_creation
+    ) IS DISTINCT FROM (total.input, total.output, total.cache_read, total.cache_creation)
+"""
 
 # Deleting takes three steps under locks taken in the order of ids: children lose their parent,
 # lists lose the id, then the row goes, its events with it (foreign key).
@@ -968,7 +1028,7 @@ class PostgreSQLStore(BaseStore):
         if FIRM_COLUMNS & values.keys():
             clauses.append("known_from = 'session'")
         if parent := values.get("parent_session_id"):
-            connection.execute(LOCK_SESSIONS, {"session_ids": [session_id, parent]})
+            self._lock_sessions(connection, [session_id, parent])
             connection.execute(REFER_TO_PARENT, {"parent_id": parent, "session_id": session_id})
         where = "WHERE session_id = %(session_id)s AND known_from <> 'reference'"
         statement = (
@@ -978,6 +1038,23 @@ class PostgreSQLStore(BaseStore):
         )
         return connection.execute(statement, {**values, "session_id": session_id}).rowcount == 1
 
+    def _lock_sessions(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
+        connection.execute(LOCK_SESSIONS, {"session_ids": ids})
+
+    def _select_owners(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[str]:
+        return [row[0] for row in connection.execute(SELECT_OWNERS, {"message_ids": ids})]
+
+    def _upsert_usage(
+        self, connection: psycopg.Connection[Any], session_id: str, messages: list[MessageUsage]
+    ) -> int:
+        columns = [list(column) for column in zip(*records.usage_rows(messages), strict=True)]
+        names = ("message_ids", "timestamps", "models", *model.USAGE_COUNTS)
+        given = dict(zip(names, columns, strict=True))
+        return connection.execute(SAVE_USAGE, {"session_id": session_id, **given}).rowcount
+
+    def _set_totals(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
+        connection.execute(SET_TOTALS, {"session_ids": ids})
+
     def _delete_session(self, connection: psycopg.Connection[Any], session_id: str) -> bool:
         family = connection.execute(LOCK_FAMILY, {"session_id": session_id}).fetchall()
         if (session_id,) not in family:
@@ -986,7 +1063,7 @@ class PostgreSQLStore(BaseStore):
         return self._delete_locked(connection, [session_id]) == 1
 
     def _delete_sessions(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:
-        connection.execute(LOCK_SESSIONS, {"session_ids": ids})
+        self._lock_sessions(connection, ids)
         return self._delete_locked(connection, ids)
 
     def _delete_locked(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:
@@ -1007,7 +1084,7 @@ class PostgreSQLStore(BaseStore):
     def _delete_prunable(
         self, connection: psycopg.Connection[Any], ids: list[str], older_than: int
     ) -> int:
-        connection.execute(LOCK_SESSIONS, {"session_ids": ids})
+        self._lock_sessions(connection, ids)
         parameters = {"session_ids": ids, "older_than": older_than}
         rows = connection.execute(RECHECK_PRUNABLE, parameters).fetchall()
         due = trees.whole_trees(rows)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, overload, r
 from contextuate_persist.model import (
     Cursor,
     Health,
+    MessageUsage,
     MonitorEvent,
     SaveResult,
     SessionMeta,
@@ -263,6 +264,20 @@ class PersistenceStore(Protocol):
 
         The fields are those of SessionMeta but the id; `child_session_ids` replaces the listed
         ones. Raises SessionNotFound; no fields change nothing, but the session must exist.
+        """
+        ...
+
+    def save_usage(self, session_id: str, usages: Iterable[MessageUsage]) -> int:
+        """Count the tokens of API messages, each message once over all sessions.
+
+        A message belongs to the session that told of it first. A later reading of it, also by
+        another session, raises each of its counts that is smaller and changes nothing else. The
+        token totals of the sessions are then the sums over their messages, whatever `save_session`
+        and `update_session` say. Returns how many messages were new or raised.
+
+        Works in transactions of a thousand messages. Raises InvalidBatch, naming every bad index,
+        with nothing stored, and SessionNotFound for a session that is unknown, deleted, or only
+        named as a parent. Deleting a session forgets its messages.
         """
         ...
 

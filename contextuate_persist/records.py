@@ -9,7 +9,13 @@ import orjson
 
 from contextuate_persist import model, payload
 from contextuate_persist.errors import InvalidRecord
-from contextuate_persist.model import MonitorEvent, SessionMeta, SessionStatus, TokenUsage
+from contextuate_persist.model import (
+    MessageUsage,
+    MonitorEvent,
+    SessionMeta,
+    SessionStatus,
+    TokenUsage,
+)
 
 # --- Events ---------------------------------------------------------------------------------------
 
@@ -265,6 +271,19 @@ def update_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
     if texts:
         values["exact"] = _exact_patch(texts)
     return values
+
+
+def usage_rows(messages: Iterable[MessageUsage]) -> list[tuple[str | int | None, ...]]:
+    """The rows of the token ledger, without their session."""
+    return [
+        (
+            usage.message_id,
+            usage.timestamp,
+            None if usage.model is None else payload.column_text(usage.model),
+            *usage.counts,
+        )
+        for usage in messages
+    ]
 
 
 def json_list(ids: Iterable[str]) -> str:

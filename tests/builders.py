@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from contextuate_persist import MonitorEvent, SessionMeta
+from contextuate_persist import MessageUsage, MonitorEvent, SessionMeta
 
 #: A time long before any test runs.
 T0 = 1_700_000_000_000
@@ -30,3 +30,8 @@ def session(session_id: str = "s", **fields: Any) -> SessionMeta:
         "start_time": T0,
     }
     return SessionMeta(session_id=session_id, **values | fields)
+
+
+def usage(message_id: str = "msg_1", output_tokens: int = 5, **fields: Any) -> MessageUsage:
+    values: dict[str, Any] = {"timestamp": T0, "output_tokens": output_tokens}
+    return MessageUsage(message_id=message_id, **values | fields)

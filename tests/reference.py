@@ -6,7 +6,14 @@ import dataclasses
 import time
 from typing import Any
 
-from contextuate_persist import MonitorEvent, SessionMeta, SessionStatus, TokenUsage
+from contextuate_persist import (
+    MessageUsage,
+    MonitorEvent,
+    SessionMeta,
+    SessionStatus,
+    TokenUsage,
+)
+from contextuate_persist.model import MAX_TOKENS, USAGE_COUNTS
 
 FLAGS = {"is_user_initiated": True, "is_pinned": False, "hidden": False}
 LEFT_BY_NONE = (
@@ -35,6 +42,7 @@ class ReferenceStore:
         self.known: dict[str, Known] = {}
         self.events: list[MonitorEvent] = []  # in the order of arrival
         self.deleted: dict[str, int] = {}
+        self.ledger: dict[str, tuple[str, MessageUsage]] = {}  # owner and usage of each message
 
     # --- Events -----------------------------------------------------------------------------------
 
@@ -112,6 +120,8 @@ class ReferenceStore:
             for name in LEFT_BY_NONE
         }
         usage, old = given.token_usage, before.token_usage if before else TokenUsage()
+        if before and self._ledger_decides(given.session_id):
+            usage = old
         listed = (before.child_session_ids if before else ()) + given.child_session_ids
         session = dataclasses.replace(
             given,
@@ -138,12 +148,40 @@ class ReferenceStore:
             self._refer(fields["parent_session_id"], known.session.start_time)
         if {"machine_id", "working_directory", "start_time", "parent_session_id"} & fields.keys():
             known.source = "session"
+        if self._ledger_decides(session_id):
+            fields = {name: value for name, value in fields.items() if name != "token_usage"}
         changes = {
             name: FLAGS[name] if value is None and name in FLAGS else value
             for name, value in fields.items()
         }
         self._set(known, **changes)
         return True
+
+    def save_usage(self, session_id: str, usages: list[MessageUsage]) -> int | None:
+        known = self.known.get(session_id)
+        if known is None or known.source == "reference":
+            return None
+        before = dict(self.ledger)
+        for usage in usages:
+            owner, told = self.ledger.get(usage.message_id, (session_id, usage))
+            larger = {n: max(getattr(told, n), getattr(usage, n)) for n in USAGE_COUNTS}
+            self.ledger[usage.message_id] = (owner, dataclasses.replace(told, **larger))
+        for owner in {owner for owner, _ in self.ledger.values()}:
+            self._set(self.known[owner], token_usage=self._total(owner))
+        return sum(before.get(name) != row for name, row in self.ledger.items())
+
+    def _total(self, session_id: str) -> TokenUsage:
+        counts = [usage.counts for owner, usage in self.ledger.values() if owner == session_id]
+        total = [min(sum(column), MAX_TOKENS) for column in zip(*counts, strict=True)]
+        return TokenUsage(
+            total_input=total[0],
+            total_output=total[1],
+            total_cache_read=total[2],
+            total_cache_creation=total[3],
+        )
+
+    def _ledger_decides(self, session_id: str) -> bool:
+        return any(owner == session_id for owner, _ in self.ledger.values())
 
     def delete_session(self, session_id: str) -> bool:
         known = self.known.get(session_id)
@@ -171,6 +209,7 @@ class ReferenceStore:
                 self.deleted[session_id] = max(late, self.deleted.get(session_id, 0))
             del self.known[session_id]
         self.events = [event for event in self.events if event.session_id not in ids]
+        self.ledger = {name: row for name, row in self.ledger.items() if row[0] not in ids}
         for other in self.known.values():
             listed = tuple(c for c in other.session.child_session_ids if c not in shown)
             self._set(other, child_session_ids=listed)

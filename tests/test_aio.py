@@ -37,7 +37,7 @@ from contextuate_persist.aio import AsyncStore
 from contextuate_persist.embedded import EmbeddedStore
 from contextuate_persist.mysql_store import MySQLStore
 from contextuate_persist.postgresql_store import PostgreSQLStore
-from tests.builders import T0, event, session
+from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store
 from tests.test_connections import free_port, with_host
 
@@ -188,6 +188,7 @@ def test_what_is_saved_comes_back(database: Database) -> None:
                 ("b", 1),
             ]
             assert (await store.health()).backend == database.backend
+            assert await store.save_usage("a", iter([usage("m"), usage("m")])) == 1
             await store.delete_session("a")
             assert await store.prune_old_sessions(T0) == 0
             assert await store.delete_all_sessions() == 2

@@ -32,7 +32,7 @@ from contextuate_persist.arguments import make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.cli import main
 from contextuate_persist.config import ENVIRONMENT_CONFIG, ENVIRONMENT_URL
-from tests.builders import T0, event, session
+from tests.builders import T0, event, session, usage
 from tests.conftest import Database
 from tests.servers import Server
 
@@ -110,6 +110,9 @@ def test_hostile_text_goes_through_every_field_and_method(
     ):
         assert store.find_events(**filters, newest_first=False) == sent  # type: ignore[arg-type]
     assert store.event_counts(text) == {name: 3}
+    assert store.save_usage(text, [usage(text, model=text), usage(f"m{text}m")]) == 2
+    assert store.save_usage(text, [usage(text, 7, model=text), usage(f"m{text}m")]) == 1
+    assert store.session_tree(text)[0].session.token_usage.total_output == 12
     store.delete_session(text)
     assert store.get_session(text) is None
     assert store.get_events(text) == []
@@ -139,6 +142,8 @@ def test_what_cannot_be_an_id_is_refused_in_one_line_by_every_method(
         lambda: store.get_sessions(parent_session_id=text),
         lambda: store.update_session(text, label="x"),
         lambda: store.update_session("s", manual_parent_session_id=text),
+        lambda: store.save_usage(text, [usage()]),
+        lambda: store.save_usage("s", [usage(text)]),
         lambda: store.delete_session(text),
         lambda: store.session_tree(text),
     ]
@@ -210,6 +215,7 @@ def test_cyclic_parents_go_through_every_method(store: BaseStore) -> None:
     for one in loop:
         store.save_session(one)
         store.update_session(one.session_id, manual_parent_session_id=one.parent_session_id)
+        assert store.save_usage(one.session_id, [usage(one.session_id)]) == 1
         assert len(store.find_events(parent_session_id=one.parent_session_id)) == 1
     tree = [(node.session.session_id, node.depth) for node in store.session_tree()]
     assert tree == [("a", 0), ("b", 1), ("self", 0)]

@@ -14,7 +14,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from contextuate_persist import Cursor, MonitorEvent, SessionMeta, SessionNotFound, TokenUsage
+from contextuate_persist import (
+    Cursor,
+    MessageUsage,
+    MonitorEvent,
+    SessionMeta,
+    SessionNotFound,
+    TokenUsage,
+)
 from contextuate_persist.base import BaseStore
 from contextuate_persist.trees import forest
 from tests.builders import T0
@@ -37,6 +44,17 @@ usages = st.builds(
     total_output=st.integers(0, 9),
     total_cache_read=st.sampled_from([None, 0, 5]),
     total_cache_creation=st.sampled_from([None, 7]),
+)
+counts = st.sampled_from([0, 1, 8, 2**53 - 1])
+readings = st.builds(
+    MessageUsage,
+    message_id=st.sampled_from(["m1", "M1", "m2", "it's \\ DELIMITER"]),
+    timestamp=times,
+    model=optional_texts,
+    input_tokens=counts,
+    output_tokens=counts,
+    cache_read=counts,
+    cache_creation=counts,
 )
 # Few ids, so that they come again.
 events = st.builds(
@@ -128,6 +146,12 @@ class StoreMachine(RuleBasedStateMachine):
     def update_session(self, name: str, fields: dict[str, Any]) -> None:
         with self._missing(self.model.update_session(name, fields)):
             self.store.update_session(name, **fields)
+
+    @rule(name=names, usages=st.lists(readings, max_size=3))
+    def save_usage(self, name: str, usages: list[MessageUsage]) -> None:
+        expected = self.model.save_usage(name, usages)
+        with self._missing(expected is not None):
+            assert self.store.save_usage(name, usages) == expected
 
     @rule(name=names)
     def delete_session(self, name: str) -> None:

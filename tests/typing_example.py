@@ -21,6 +21,7 @@ from contextuate_persist import (
     EventWriter,
     Health,
     InvalidBatch,
+    MessageUsage,
     MonitorEvent,
     PayloadPolicy,
     PersistenceError,
@@ -90,6 +91,8 @@ def use(store: PersistenceStore) -> None:
     assert_type(store.get_sessions(status="active", hidden=False), list[SessionMeta])
     assert_type(store.session_tree(), list[SessionNode])
     assert_type(store.prune_old_sessions(older_than=1_700_000_000_000), int)
+    usage = MessageUsage(message_id="msg_1", timestamp=1_700_000_000_000, output_tokens=5)
+    assert_type(store.save_usage("a", [usage]), int)
     assert_type(store.health(), Health)
     for session, depth in store.session_tree("a"):
         print("  " * depth, session.effective_parent_id, session.token_usage.total_input + 1)
