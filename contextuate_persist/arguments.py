@@ -129,6 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     command("status", "ask the database how it is")
     _add_spool(command("spool", "what waits on this machine for the database: see it, store it"))
     _add_dead(command("dead", "what was set aside since no database takes it: see it, try again"))
+    _add_hook(command("hook", "have Claude Code tell what it does: a command in its settings"))
     _add_bench(command("bench", "measure a server, in a schema or database of its own there"))
     return parser
 
@@ -194,6 +195,33 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--curves", metavar="FILE", type=Path, help="draw growth and latency (needs matplotlib)"
     )
+
+
+def _add_hook(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        choices=["install", "uninstall", "show"],
+        help="change the settings, after showing how, or show which hooks run the command",
+    )
+    parser.add_argument(
+        "--settings",
+        metavar="FILE",
+        type=Path,
+        help="Claude Code's settings (~/.claude/settings.json)",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="all hooks that can be watched; a Claude Code that is too old to know one of them "
+        "ignores the whole file",
+    )
+    parser.add_argument(
+        "--command",
+        dest="command_line",
+        metavar="COMMAND",
+        help="run this instead of the command that is part of this installation",
+    )
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import parse_qs, urlsplit
 
-from contextuate_persist import display, queue_commands
+from contextuate_persist import display, hook_command, queue_commands
 from contextuate_persist.arguments import PROGRAM, make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL, open_store
@@ -286,6 +286,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "spool": _spool,
     "dead": _dead,
+    "hook": hook_command.run,
     "bench": _bench,
 }
 

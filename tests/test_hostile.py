@@ -312,7 +312,7 @@ def test_every_option_of_every_command_takes_hostile_text_or_refuses_it_in_one_l
     run: Run, store: BaseStore
 ) -> None:
     store.save_session(session())
-    required = {"events": ["s"], "import": ["/dev/null"]}
+    required = {"events": ["s"], "import": ["/dev/null"], "hook": ["show"]}
     for command, actions in commands().items():
         for action, text in itertools.product(actions, ARGUMENTS):
             if action.option_strings:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,3 +59,7 @@ def test_the_wheel_runs_the_quickstart_on_the_oldest_and_newest_python(
             place / "bin/python", ROOT / "examples/quickstart.py", **url
         )
         assert "quickstart" in run(command, "tree", **url)
+        settings = place / "settings.json"
+        run(command, "hook", "install", "--yes", "--settings", settings)
+        line = json.loads(settings.read_text())["hooks"]["Stop"][0]["hooks"][0]["command"]
+        assert Path(shlex.split(line)[3]).is_file()
