@@ -6,7 +6,8 @@ Sessions themselves are made by saving their events. What is here goes beyond th
     store.update_session(event.session_id, **state.updates(session))
 
 Hooks are delivered late, twice and out of order: a state is the same whatever the order, since it
-keeps, of everything, what the newest event told.
+keeps, of everything, what the newest event told. So the newest events of a session in a store tell
+a process that has just started what it needs to know.
 """
 
 from __future__ import annotations

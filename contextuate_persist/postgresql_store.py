@@ -431,7 +431,8 @@ FROM token_ledger AS t
 WHERE t.message_id = ANY(%(message_ids)s::text[])
 """
 
-# A total is at most what a session may be saved with.
+# A total is at most what a session may be saved with. The ids stand there twice, or the planner
+# would read all sessions to join them.
 SET_TOTALS = """
 UPDATE sessions AS s
 SET
@@ -451,6 +452,7 @@ FROM (
     GROUP BY t.session_id
 ) AS total
 WHERE s.session_id = total.session_id
+    AND s.session_id = ANY(%(session_ids)s::text[])
     AND (
         s.token_usage_input, s.token_usage_output,
         s.token_usage_cache_read, s.token_usage_cache_creation

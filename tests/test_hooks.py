@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from contextuate_persist import InvalidRecord, MonitorEvent, hooks
 from contextuate_persist.base import BaseStore
 from contextuate_persist.hooks import Capture, hook_event, payload_of, session_key
-from tests.builders import T0
+from tests.builders import T0, event
 
 ROOT = Path(__file__).parent.parent
 MAIN = "3f1c0a52-9d3e-4c55-8a53-0f6f3b1f7a10"
@@ -471,6 +471,18 @@ def test_payloads_come_back_from_both_databases(store: BaseStore) -> None:
     )
     stored = sorted(store.iter_events(), key=lambda event: event.timestamp)
     assert [exactly(payload_of(event)) for event in stored] == [exactly(one) for one in sent]
+
+
+def test_an_event_of_another_origin_gives_the_fields_that_it_knows() -> None:
+    other = event(data={"error": {"code": "E"}, "hook": 5, "subagent": 5, "toolName": "Bash"})
+    assert payload_of(other) == {
+        "hook_event_name": "PreToolUse",
+        "session_id": "s",
+        "cwd": "/work",
+        "tool_name": "Bash",
+    }
+    failed = event(hook_type="PostToolUseFailure", data={"error": {}, "agentId": "a"})
+    assert payload_of(failed).keys() == {"hook_event_name", "session_id", "cwd", "agent_id"}
 
 
 # --- Inbox ----------------------------------------------------------------------------------------
