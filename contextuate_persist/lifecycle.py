@@ -52,7 +52,7 @@ class SessionState:
     """When the newest event came that decides the status, and the status as its rank."""
     noticed_at: int = 0
     """When the newest event came that only tells that the session is not over."""
-    is_child: bool = False
+    parent: Told | None = None
     model: Told | None = None
     agent_type: Told | None = None
     transcript_path: Told | None = None
@@ -71,7 +71,7 @@ class SessionState:
         return SessionState(
             decided=_newest((self.decided, other.decided)),
             noticed_at=max(self.noticed_at, other.noticed_at),
-            is_child=self.is_child or other.is_child,
+            parent=_newest((self.parent, other.parent)),
             model=_newest((self.model, other.model)),
             agent_type=_newest((self.agent_type, other.agent_type)),
             transcript_path=_newest((self.transcript_path, other.transcript_path)),
@@ -103,8 +103,12 @@ class SessionState:
         fields: SessionFields = {}
         if (status := self.status) and (known.status, known.end_time) != (status, self.end_time):
             fields["status"], fields["end_time"] = status, self.end_time
-        if self.is_child and known.is_user_initiated is not False:
-            fields["is_user_initiated"] = False
+        if self.parent:
+            if known.is_user_initiated is not False:
+                fields["is_user_initiated"] = False
+            # Its events do not link a session that somebody has saved.
+            if known.parent_session_id is None:
+                fields["parent_session_id"] = self.parent[1]
         if self.model and known.model != self.model[1]:
             fields["model"] = self.model[1]
         if self.agent_type and known.agent_type != self.agent_type[1]:
@@ -144,7 +148,7 @@ def _told(event: MonitorEvent) -> SessionState:
     return SessionState(
         decided=None if passive else (when, _RANKS.index(_status(event))),
         noticed_at=when if passive else 0,
-        is_child=event.parent_session_id is not None,
+        parent=_text(when, event.parent_session_id),
         model=_text(when, language_model, model.MAX_SHORT_TEXT_LENGTH),
         agent_type=_text(when, agent_type, model.MAX_SHORT_TEXT_LENGTH),
         transcript_path=_text(when, path) if own_path else None,

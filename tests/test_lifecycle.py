@@ -117,7 +117,7 @@ def test_a_sub_agent_has_a_kind_a_transcript_and_no_user() -> None:
         inside("PreToolUse", 2),
         hook("SubagentStop", 3, agent_id=AGENT, agent_type="", agent_transcript_path=path),
     )
-    assert state.updates(session(AGENT)) == {
+    assert state.updates(session(AGENT, parent_session_id="main")) == {
         "status": COMPLETED,
         "end_time": T0 + 3,
         "is_user_initiated": False,
@@ -168,6 +168,7 @@ def test_titles_without_end_do_not_fill_the_memory() -> None:
 def test_an_update_that_is_known_is_none() -> None:
     state = SessionState.of(inside("SubagentStart", 1), inside("SubagentStop", 3))
     known = session(AGENT, is_user_initiated=True)
+    assert state.updates(known)["parent_session_id"] == "main"
     fields: dict[str, Any] = dict(state.updates(known))
     merged = SessionMeta(
         **{n: getattr(known, n) for n in SessionMeta.__dataclass_fields__} | fields
