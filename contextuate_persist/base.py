@@ -700,15 +700,16 @@ class BaseStore(ABC):
         ids = [usage.message_id for usage in messages]
 
         def save(connection: Any) -> int:
-            self._lock_sessions(connection, sorted(touched))
-            if not self._select_shown(connection, [session_id]):
+            locked = self._lock_sessions(connection, sorted(touched))
+            if session_id not in locked or not self._select_shown(connection, [session_id]):
                 raise SessionNotFound(session_id)
             if not messages:
                 return 0
             counted = self._upsert_usage(connection, session_id, messages)
-            if not touched.issuperset(self._select_owners(connection, ids)):
+            owners = self._select_owners(connection, ids)
+            if not set(locked).issuperset(owners):
                 raise StartOver(repeats=False)
-            self._set_totals(connection, sorted(touched))
+            self._set_totals(connection, owners)
             return counted
 
         for _ in range(_CONFLICT_ATTEMPTS):
@@ -945,8 +946,8 @@ class BaseStore(ABC):
         """Set columns; False if there is no such session."""
 
     @abstractmethod
-    def _lock_sessions(self, connection: Any, ids: list[str]) -> None:
-        """Lock those of the sessions that are there, in the order of their ids."""
+    def _lock_sessions(self, connection: Any, ids: list[str]) -> list[str]:
+        """Lock those of the sessions that are there, in the order of their ids; which they are."""
 
     @abstractmethod
     def _select_owners(self, connection: Any, ids: list[str]) -> list[str]:

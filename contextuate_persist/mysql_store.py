@@ -470,6 +470,15 @@ WHERE session_id IN (%(session_ids)s)
 ORDER BY session_id
 """
 
+# Tells a session from another one that was made after it under the same id.
+SELECT_CREATIONS = """
+SELECT s.session_id, s.created_at
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN sessions AS s ON s.session_id = asked.session_id
+"""
+
 ORPHAN_CHILDREN = """
 UPDATE sessions
 SET
@@ -891,7 +900,7 @@ class MySQLStore(BaseStore):
         if FIRM_COLUMNS & values.keys():
             clauses.append("known_from = 'session'")
         if parent := values.get("parent_session_id"):
-            self._lock_sessions(connection, [session_id, parent])
+            _send(connection, LOCK_SESSIONS, {"session_ids": [session_id, parent]})
             referring = {"parent_id": parent, "session_id": session_id}
             _execute_write(connection, REFER_TO_PARENT, referring)
         where = "WHERE session_id = %(session_id)s AND known_from <> 'reference'"
@@ -903,8 +912,16 @@ class MySQLStore(BaseStore):
         # A row that has these values already does not count as updated.
         return bool(self._select_shown(connection, [session_id]))
 
-    def _lock_sessions(self, connection: Any, ids: list[str]) -> None:
-        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
+    def _lock_sessions(self, connection: Any, ids: list[str]) -> list[str]:
+        # A locking SELECT would tell which they are, but if a deadlock undoes it while it is read,
+        # the driver only says "Unread result found". What was there before and is there still,
+        # unchanged, was there to be locked.
+        asked = {"session_ids": records.json_list(ids)}
+        before = _execute(connection, SELECT_CREATIONS, asked)
+        if before:
+            _send(connection, LOCK_SESSIONS, {"session_ids": [row[0] for row in before]})
+        after = _execute(connection, SELECT_CREATIONS, asked)
+        return [row[0] for row in before if row in after]
 
     def _select_owners(self, connection: Any, ids: list[str]) -> list[str]:
         rows = _execute(connection, SELECT_OWNERS, {"message_ids": records.json_list(ids)})
@@ -929,12 +946,12 @@ class MySQLStore(BaseStore):
         if session_id not in family:
             return False
         listing = self._select_listing(connection, [session_id])
-        self._lock_sessions(connection, sorted(family.union(listing)))
+        _send(connection, LOCK_SESSIONS, {"session_ids": sorted(family.union(listing))})
         _execute_write(connection, ORPHAN_CHILDREN, own)
         return self._delete_locked(connection, [session_id]) == 1
 
     def _delete_sessions(self, connection: Any, ids: list[str]) -> int:
-        self._lock_sessions(connection, ids)
+        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
         return self._delete_locked(connection, ids)
 
     def _delete_locked(self, connection: Any, ids: list[str]) -> int:
@@ -960,7 +977,7 @@ class MySQLStore(BaseStore):
         return _execute(connection, SELECT_PRUNABLE, {"older_than": older_than})
 
     def _delete_prunable(self, connection: Any, ids: list[str], older_than: int) -> int:
-        self._lock_sessions(connection, ids)
+        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
         parameters = {"session_ids": records.json_list(ids), "older_than": older_than}
         due = trees.whole_trees(_execute(connection, RECHECK_PRUNABLE, parameters))
         return self._delete_locked(connection, due) if due else 0

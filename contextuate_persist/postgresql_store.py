@@ -1040,8 +1040,8 @@ class PostgreSQLStore(BaseStore):
         )
         return connection.execute(statement, {**values, "session_id": session_id}).rowcount == 1
 
-    def _lock_sessions(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
-        connection.execute(LOCK_SESSIONS, {"session_ids": ids})
+    def _lock_sessions(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[str]:
+        return [row[0] for row in connection.execute(LOCK_SESSIONS, {"session_ids": ids})]
 
     def _select_owners(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[str]:
         return [row[0] for row in connection.execute(SELECT_OWNERS, {"message_ids": ids})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 
@@ -12,6 +13,7 @@ from contextuate_persist import (
     InvalidRecord,
     MessageUsage,
     SessionNotFound,
+    StoreUnavailable,
     TokenUsage,
 )
 from contextuate_persist.base import BaseStore
@@ -248,6 +250,17 @@ def test_usage_comes_while_sessions_are_written_and_deleted(database: Database) 
             )
             if rows[0][0] is not None:
                 assert found.token_usage.total_output == rows[0][0]
+
+
+def test_owners_that_never_stop_appearing_end_in_an_error(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_session(session("s"))
+    asked = itertools.count()
+    monkeypatch.setattr(store, "_select_owners", lambda connection, ids: [f"o{next(asked)}"])
+    with pytest.raises(StoreUnavailable, match="the same messages$"):
+        store.save_usage("s", [reading("m", 1)])
+    assert totals(store, "s") == (0, 0, None, None)
 
 
 def test_an_owner_that_appears_meanwhile_is_locked_before_its_totals_change(
