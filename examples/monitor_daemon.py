@@ -1,0 +1,250 @@
+"""A monitor daemon: stores what hooks tell, keeps sessions up to date, answers questions.
+
+Hooks leave files in the inbox (`emit_event.py`). On the unix socket each line is a request in JSON,
+and so is the answer: {"do": "sessions"}, {"do": "events", "session": ID, "limit": 50, "before":
+CURSOR}, {"do": "event", "session": ID, "id": ID}, {"do": "recent"}, {"do": "tree"}, {"do":
+"health"}, {"do": "set", "session": ID, "label": TEXT, "isPinned": true}, {"do": "delete",
+"session": ID}, {"do": "hook", "payload": {...}}. After SIGTERM the next start goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from contextuate_persist import (
+    AsyncEventWriter,
+    AsyncReceipt,
+    AsyncStore,
+    Cursor,
+    EventWriter,
+    InvalidRecord,
+    MonitorEvent,
+    PersistenceError,
+    SessionNotFound,
+    StoreRefused,
+    StoreUnavailable,
+    open_store,
+)
+from contextuate_persist.hooks import STREAMING, Capture, hook_event
+from contextuate_persist.inbox import Inbox
+from contextuate_persist.lifecycle import SessionState, usage_path
+from contextuate_persist.model import SESSION_WIRE
+from contextuate_persist.transcripts import read_usage
+
+HOME = Path.home() / ".contextuate" / "monitor"
+log = logging.getLogger("monitor_daemon")
+LOOK_SECONDS = 0.1  # between looks into the inbox
+AGAIN_SECONDS = 2.0  # between tries to reach a database that is away
+KNOWN_SESSIONS = 10_000  # whose state is kept in memory
+BY_PEOPLE = ("label", "is_pinned", "hidden", "manual_parent_session_id")
+SETTABLE = {SESSION_WIRE[name]: name for name in BY_PEOPLE}
+
+
+class Monitor:
+    """The daemon's parts: an inbox, a writer, a store, and what it knows of sessions."""
+
+    def __init__(self, url: str | None, inbox: Path, spool: Path | None) -> None:
+        store = open_store(url)
+        self.store = AsyncStore(store)
+        self.writer = AsyncEventWriter(EventWriter(store, spool_directory=spool))
+        self.inbox = Inbox(inbox)
+        self._reachable = asyncio.Event()
+        self._states: dict[str, SessionState] = {}
+        self._offsets: dict[str, int] = {}
+        self._turns = [asyncio.Lock() for _ in range(64)]  # sessions by their hash
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, stop: asyncio.Event, path: Path) -> None:
+        """Take what comes and answer on the socket until told to stop, then close in order."""
+        with self.inbox:
+            async with self.writer:
+                path.unlink(missing_ok=True)  # of a daemon that was killed: the inbox is ours now
+                before = os.umask(0o177)
+                server = await asyncio.start_unix_server(self.serve, path, limit=2**26)
+                os.umask(before)
+                self._begin(self._reach_database())
+                self._begin(self._take_files())
+                log.info("listening on %s", path)
+                await stop.wait()
+                server.close()
+                path.unlink(missing_ok=True)
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.store.close()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task failed", exc_info=error)
+
+    async def _reach_database(self) -> None:
+        while not self._reachable.is_set():
+            try:
+                await self.store.init()
+                self._reachable.set()
+            except PersistenceError as error:
+                log.warning("the database is away: %s", error)
+                await asyncio.sleep(AGAIN_SECONDS)
+        # What an earlier process had stored but not yet told its sessions.
+        recent = await self._patiently(lambda: self.store.get_all_recent_events(2000))
+        for session_id in dict.fromkeys(event.session_id for event in recent):
+            await self._follow(session_id)
+
+    async def _patiently(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Do something with the database, again while it is away."""
+        while True:
+            await self._reachable.wait()
+            try:
+                return await work()
+            except (StoreUnavailable, StoreRefused) as error:
+                log.warning("trying again: %s", error)
+                await asyncio.sleep(AGAIN_SECONDS)
+
+    # --- What hooks tell --------------------------------------------------------------------------
+
+    async def _take_files(self) -> None:
+        while True:
+            for name, content in self.inbox.take():
+                try:
+                    event = Capture.parse(content).to_event()
+                except InvalidRecord as error:
+                    self.inbox.set_aside(name, str(error))
+                else:
+                    await self.take(event, name)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def take(self, event: MonitorEvent, name: str | None = None) -> AsyncReceipt | None:
+        """Hand an event over; a file's goes once the event is safe. None if nobody wants it."""
+        if event.hook_type in STREAMING:
+            if name is not None:
+                self.inbox.done(name)
+            return None
+        try:
+            receipt = await self.writer.put(event)
+        except PersistenceError as error:  # the spool is full: later, perhaps
+            if name is None:
+                raise
+            log.warning("%s stays in the inbox: %s", name, error)
+            self.inbox.give_back(name)
+            return None
+        self._begin(self._settle(event, name, receipt))
+        return receipt
+
+    async def _settle(self, event: MonitorEvent, name: str | None, receipt: AsyncReceipt) -> None:
+        if name is not None and await receipt.wait_safe():
+            self.inbox.done(name)
+        if await receipt.wait_stored() and receipt.refusal is None:
+            await self._follow(event.session_id, event)
+
+    # --- Sessions follow their events -------------------------------------------------------------
+
+    async def _follow(self, session_id: str, event: MonitorEvent | None = None) -> None:
+        """Let a session know what its stored events tell; one at a time for each session."""
+        async with self._turns[hash(session_id) % 64]:
+            state = self._states.pop(session_id, None)
+            if state is None:
+                events = await self._patiently(lambda: self.store.get_events(session_id))
+                state = SessionState.of(*events)
+            if event is not None:
+                state |= SessionState.of(event)
+            if len(self._states) >= KNOWN_SESSIONS:  # what is needed again is read again
+                self._states.clear()
+            self._states[session_id] = state
+            with contextlib.suppress(SessionNotFound):  # deleted, and nothing newer came
+                known = await self._patiently(lambda: self.store.get_session(session_id))
+                if known and (fields := state.updates(known)):
+                    await self._patiently(lambda: self.store.update_session(session_id, **fields))
+                if event is not None and (path := usage_path(event)):
+                    await self._count_tokens(session_id, path)
+
+    async def _count_tokens(self, session_id: str, path: str) -> None:
+        with contextlib.suppress(OSError):  # somebody else's file: no reason to stumble
+            reading = await asyncio.to_thread(read_usage, path, self._offsets.get(path, 0))
+            await self._patiently(lambda: self.store.save_usage(session_id, reading.usages))
+            self._offsets[path] = reading.offset
+
+    # --- Questions --------------------------------------------------------------------------------
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the lines of one client."""
+        with contextlib.suppress(ConnectionError, asyncio.LimitOverrunError, ValueError):
+            while line := await reader.readline():
+                try:
+                    answer = await self._answer(json.loads(line))
+                except (PersistenceError, ValueError, TypeError, KeyError, AttributeError) as error:
+                    answer = {"error": f"{type(error).__name__}: {error}"}
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        writer.close()
+
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        store, do, limit = self.store, request["do"], request.get("limit", 100)
+        session_id = request.get("session", "")
+        if do == "hook":
+            now, machine = time.time_ns() // 1_000_000, socket.gethostname()
+            event = hook_event(request["payload"], captured_at=now, machine_id=machine)
+            receipt = await self.take(event)
+            return {"safe": receipt is None or await receipt.wait_safe()}
+        if do == "sessions":
+            return {"sessions": [one.to_wire() for one in await store.get_sessions(limit=limit)]}
+        if do == "tree":
+            nodes = await store.session_tree(request.get("session"))
+            return {"tree": [{"depth": node.depth, **node.session.to_wire()} for node in nodes]}
+        if do == "events":
+            bounds = {k: Cursor.parse(request[k]) for k in ("before", "after") if k in request}
+            return {"events": _listed(await store.get_events(session_id, limit=limit, **bounds))}
+        if do == "recent":
+            return {"events": _listed(await store.get_all_recent_events(limit))}
+        if do == "event":
+            one = await store.get_event_by_id(session_id, request["id"])
+            return {"event": one and one.to_wire()}
+        if do == "health":
+            return dataclasses.asdict(self.writer.health())
+        if do == "set":
+            fields: Any = {SETTABLE[key]: request[key] for key in request.keys() & SETTABLE.keys()}
+            await store.update_session(session_id, **fields)
+        elif do == "delete":
+            await store.delete_session(session_id)
+        else:
+            raise ValueError(f"nobody knows how to do {do!r}")
+        return {"done": True}
+
+
+def _listed(events: list[MonitorEvent]) -> list[dict[str, Any]]:
+    return [{**event.to_wire(), "cursor": str(event.cursor)} for event in events]
+
+
+async def main(args: argparse.Namespace) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    args.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    await Monitor(args.url, args.inbox, args.spool).run(stop, args.socket)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--url", help="the database; without it what open_store() takes")
+    places = {"--inbox": HOME / "inbox", "--socket": HOME / "daemon.sock", "--spool": None}
+    for name, default in places.items():
+        parser.add_argument(name, type=Path, default=default)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    asyncio.run(main(parser.parse_args()))

@@ -1,0 +1,305 @@
+"""The monitor daemon: from hook payloads to rows, through kills of the daemon and the database."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contextuate_persist import inbox, open_store
+from contextuate_persist.base import BaseStore
+from contextuate_persist.hooks import new_event_id, payload_of, session_key
+from tests.builders import T0
+from tests.conftest import Database
+
+ROOT = Path(__file__).parent.parent
+
+
+class Daemon:
+    """The program, on an inbox, a spool and a socket of its own."""
+
+    def __init__(self, url: str, place: Path) -> None:
+        self.url, self.place = url, place
+        self.inbox, self.socket = place / "inbox", place / "s"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, wait: bool = True) -> None:
+        places = {"--inbox": self.inbox, "--spool": self.place / "spool", "--socket": self.socket}
+        arguments = [str(word) for option in places.items() for word in option]
+        with (self.place / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "examples" / "monitor_daemon.py"), *arguments],
+                env={**os.environ, "CONTEXTUATE_DATABASE_URL": self.url},
+                stderr=log,
+            )
+        if wait:
+            eventually(lambda: self.ask(do="health"))
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(str(self.socket))
+            client.sendall(json.dumps(request).encode() + b"\n")
+            with client.makefile("rb") as answers:
+                answer: dict[str, Any] = json.loads(answers.readline())
+                return answer
+
+    def log(self) -> str:
+        return (self.place / "log").read_text()
+
+
+def eventually(check: Any, seconds: float = 60) -> Any:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            if (found := check()) not in (False, None):
+                return found
+        except (OSError, ValueError, AttributeError, AssertionError):
+            if time.monotonic() > until:
+                raise
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def daemon(database: Database, tmp_path: Path) -> Iterator[Daemon]:
+    made = Daemon(database.url, tmp_path)
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.kill()
+
+
+def file_of(payload: dict[str, Any], at: int) -> bytes:
+    raw = json.dumps(payload, ensure_ascii=True).encode()
+    told = {
+        "id": new_event_id(at),
+        "capturedAt": at,
+        "machineId": "laptop",
+        "parentSession": None,
+        "payload": base64.b64encode(raw).decode(),
+    }
+    return json.dumps(told).encode()
+
+
+def a_day(sessions: int = 3, tools: int = 10) -> list[dict[str, Any]]:
+    """Payloads as Claude Code sends them: sessions with prompts, tools and a sub-agent each."""
+    payloads: list[dict[str, Any]] = []
+    for number in range(sessions):
+        session = f"5c0e{number:04d}-0000-4000-8000-000000000000"
+        agent = f"a{number:016x}"
+        common = {"session_id": session, "cwd": f"/home/dev/p{number}", "transcript_path": "/t"}
+
+        def add(name: str, **fields: Any) -> None:
+            payloads.append({**common, "hook_event_name": name, **fields})  # noqa: B023
+
+        add("SessionStart", source="startup", model="claude-opus-4-5")
+        add("UserPromptSubmit", prompt="Fix the total \ud83d", session_title=f"Total {number}")
+        add("SubagentStart", agent_id=agent, agent_type="Explore")
+        for use in range(tools):
+            call = {"tool_name": "Bash", "tool_use_id": f"toolu_{number}_{use}"}
+            inside = {"agent_id": agent, "agent_type": "Explore"} if use % 2 else {}
+            add("PreToolUse", **call, **inside, tool_input={"command": f"ls {2**70}"})
+            add("PostToolUse", **call, **inside, tool_input={}, tool_response={"stdout": "\0"})
+        add("SubagentStop", agent_id=agent, agent_type="Explore", stop_hook_active=False)
+        add("Stop", stop_hook_active=False, last_assistant_message="Done")
+        if number % 2 == 0:
+            add("SessionEnd", reason="prompt_input_exit")
+    return payloads
+
+
+def require_all(store: BaseStore, payloads: list[dict[str, Any]]) -> None:
+    """Every payload is there, equal, once; the sessions are what the hooks say."""
+    events = list(store.iter_events())
+    assert len({event.id for event in events}) == len(events)
+    rebuilt = sorted(json.dumps(payload_of(event), sort_keys=True) for event in events)
+    assert rebuilt == sorted(json.dumps(payload, sort_keys=True) for payload in payloads)
+    expected: dict[str, str | None] = {}
+    for payload in payloads:
+        key = session_key(payload["session_id"], payload.get("agent_id"))
+        expected[key] = payload["session_id"] if "agent_id" in payload else None
+    found = {session.session_id: session.parent_session_id for session in store.get_sessions()}
+    assert found == expected
+
+
+def test_a_day_of_hooks_becomes_sessions_and_events(daemon: Daemon, store: BaseStore) -> None:
+    payloads = a_day()
+    daemon.start()
+    for n, payload in enumerate(payloads):
+        inbox.leave(daemon.inbox, file_of(payload, T0 + n))
+    eventually(lambda: daemon.ask(do="health")["stored"] == len(payloads))
+    require_all(store, payloads)
+    eventually(lambda: {s.status for s in store.get_sessions()} == {"active", "completed"})
+    ended, running = (f"5c0e{n:04d}-0000-4000-8000-000000000000" for n in (0, 1))
+    eventually(lambda: store.get_session(ended).status == "completed")  # type: ignore[union-attr]
+    one, child = store.get_session(running), store.get_session(f"a{1:016x}")
+    assert one is not None
+    assert child is not None
+    assert (one.status, one.label, one.model) == ("active", "Total 1", "claude-opus-4-5")
+    eventually(lambda: store.get_session(child.session_id).agent_type == "Explore")  # type: ignore[union-attr]
+    assert not [path for path in daemon.inbox.iterdir() if path.suffix == ".json"]
+    assert daemon.stop() == 0
+    assert "ERROR" not in daemon.log()
+
+
+def test_questions_are_answered_and_people_may_change_sessions(
+    daemon: Daemon, store: BaseStore
+) -> None:
+    daemon.start()
+    for payload in a_day(sessions=1, tools=2):
+        assert daemon.ask(do="hook", payload=payload) == {"safe": True}
+    eventually(lambda: daemon.ask(do="health")["pending"] == 0)
+    [root] = [s for s in daemon.ask(do="sessions")["sessions"] if "parentSessionId" not in s]
+    name = root["sessionId"]
+    events = daemon.ask(do="events", session=name, limit=3)["events"]
+    assert [event["eventType"] for event in events][-1] == "session_end"
+    before = daemon.ask(do="events", session=name, limit=50, before=events[0]["cursor"])["events"]
+    assert before[-1]["id"] != events[0]["id"]
+    assert (
+        daemon.ask(do="event", session=name, id=events[0]["id"])["event"]["id"] == events[0]["id"]
+    )
+    assert daemon.ask(do="event", session=name, id=new_event_id(T0)) == {"event": None}
+    assert len(daemon.ask(do="recent", limit=4)["events"]) == 4
+    assert [node["depth"] for node in daemon.ask(do="tree")["tree"]] == [0, 1]
+    assert daemon.ask(do="set", session=name, label="Mine", isPinned=True) == {"done": True}
+    daemon.ask(do="hook", payload={**a_day(1)[1], "session_title": "Another"})
+    eventually(lambda: daemon.ask(do="health")["pending"] == 0)
+    time.sleep(0.3)
+    found = store.get_session(name)
+    assert found is not None
+    assert (found.label, found.is_pinned, found.status) == ("Mine", True, "active")
+    assert daemon.ask(do="delete", session=name) == {"done": True}
+    assert daemon.ask(do="delete", session=name)["error"].startswith("SessionNotFound")
+    assert "nobody knows how" in daemon.ask(do="dance")["error"]
+    assert daemon.ask(do="hook", payload={"session_id": ""})["error"].startswith("InvalidRecord")
+    assert "KeyError" in daemon.ask(please="x")["error"]
+    assert daemon.socket.stat().st_mode & 0o777 == 0o600
+
+
+def test_tokens_of_a_transcript_are_counted_once_for_each_message(
+    daemon: Daemon, store: BaseStore, tmp_path: Path
+) -> None:
+    transcript = tmp_path / "t.jsonl"
+    line = {
+        "type": "assistant",
+        "timestamp": "2026-01-05T09:00:00.000Z",
+        "message": {"id": "m1", "usage": {"input_tokens": 10, "output_tokens": 5}},
+    }
+    second = {**line, "message": {"id": "m2", "usage": {"input_tokens": 1, "output_tokens": 1}}}
+    transcript.write_text(json.dumps(line) + "\n" + json.dumps(line) + "\n")
+    daemon.start()
+    stop = {"session_id": "s", "hook_event_name": "Stop", "transcript_path": str(transcript)}
+    daemon.ask(do="hook", payload=stop)
+    eventually(lambda: store.get_session("s").token_usage.total_input == 10)  # type: ignore[union-attr]
+    with transcript.open("a") as file:
+        file.write(json.dumps(second) + "\n")
+    daemon.ask(do="hook", payload=stop)
+    eventually(lambda: store.get_session("s").token_usage.total_input == 11)  # type: ignore[union-attr]
+    assert store.get_session("s").token_usage.total_output == 6  # type: ignore[union-attr]
+
+
+def test_files_that_nobody_understands_are_set_aside(daemon: Daemon, store: BaseStore) -> None:
+    names = [inbox.leave(daemon.inbox, body) for body in (b"", b"{}", b"\xff", b'{"id": 1}')]
+    names.append(inbox.leave(daemon.inbox, file_of({"hook_event_name": "Stop"}, T0)))
+    good = inbox.leave(daemon.inbox, file_of(a_day(1)[0], T0))
+    daemon.start()
+    eventually(lambda: sum(store.event_counts().values()) == 1)
+    bad = daemon.inbox / "bad"
+    assert {path.name for path in bad.glob("*.json")} == set(names)
+    assert all((bad / f"{name}.why").read_text().strip() for name in names)
+    assert not (daemon.inbox / good).exists()
+
+
+def test_what_streams_is_not_kept(daemon: Daemon, store: BaseStore) -> None:
+    payload = {"session_id": "s", "hook_event_name": "MessageDisplay", "delta": "x"}
+    inbox.leave(daemon.inbox, file_of(payload, T0))
+    daemon.start()
+    eventually(lambda: not list(daemon.inbox.glob("*.json")))
+    assert daemon.ask(do="hook", payload=payload) == {"safe": True}
+    assert daemon.ask(do="health")["accepted"] == 0
+
+
+def test_a_folder_fed_twice_and_a_daemon_killed_in_the_middle_double_nothing(
+    own_database: Database, tmp_path: Path
+) -> None:
+    daemon = Daemon(own_database.url, tmp_path)
+    payloads = a_day(sessions=8, tools=12)
+    files = [file_of(payload, T0 + n) for n, payload in enumerate(payloads)]
+    try:
+        daemon.start()
+        for n, content in enumerate(files):
+            inbox.leave(daemon.inbox, content)
+            if n == len(files) // 3:
+                time.sleep(0.15)
+                daemon.kill()
+                own_database.server.kill()
+                daemon.start()  # without a database
+                time.sleep(0.2)
+                daemon.kill()
+                daemon.start(wait=False)
+                own_database.server.start()
+        for content in files:
+            inbox.leave(daemon.inbox, content)
+        with open_store(own_database.url) as store:
+            eventually(lambda: sum(store.event_counts().values()) == len(payloads))
+            eventually(lambda: not list(daemon.inbox.glob("*.json")))
+            eventually(lambda: daemon.ask(do="health")["pending"] == 0)
+            require_all(store, payloads)
+            eventually(lambda: sum(s.status == "completed" for s in store.get_sessions()) == 12)
+    finally:
+        daemon.kill()
+
+
+def test_questions_while_the_database_is_away_are_answered_with_the_reason(tmp_path: Path) -> None:
+    daemon = Daemon("postgresql://127.0.0.1:1/nobody?connect_timeout=1", tmp_path)
+    try:
+        daemon.start()
+        assert daemon.ask(do="hook", payload=a_day(1)[0]) == {"safe": True}
+        assert daemon.ask(do="sessions")["error"].startswith("Store")
+        health = daemon.ask(do="health")
+        assert health["pending"] == 1
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
+
+
+@pytest.mark.skipif(
+    not os.environ.get("CONTEXTUATE_CORPUS"),
+    reason="CONTEXTUATE_CORPUS names no folder of recorded data",
+)
+def test_recorded_payloads_are_rebuilt_equal(daemon: Daemon, store: BaseStore) -> None:
+    payloads: list[dict[str, Any]] = []
+    for path in sorted(Path(os.environ["CONTEXTUATE_CORPUS"]).glob("*/logs/*.json")):
+        if path.name != "chat.json":
+            payloads += json.loads(path.read_bytes())
+    known = [p for p in payloads if isinstance(p, dict) and p.get("session_id")]
+    assert len(known) > 100
+    daemon.start()
+    for n, payload in enumerate(known):
+        inbox.leave(daemon.inbox, file_of(payload, T0 + n))
+    eventually(
+        lambda: daemon.ask(do="health")["pending"] == 0 and not list(daemon.inbox.glob("*.json")),
+        120,
+    )
+    found = sorted(json.dumps(payload_of(e), sort_keys=True) for e in store.iter_events())
+    given = sorted({json.dumps(p, sort_keys=True) for p in known})
+    assert sorted(set(found)) == given
