@@ -27,8 +27,9 @@ from contextuate_persist.model import (
     SessionNode,
     SessionStatus,
 )
+from contextuate_persist.outbox import Milestone, Outbox
 from contextuate_persist.protocol import PersistenceStore
-from contextuate_persist.writer import EventWriter, Receipt, WriterHealth
+from contextuate_persist.writer import EventWriter, Prepared, Receipt, WriterHealth
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -355,12 +356,14 @@ class AsyncReceipt:
 
     async def wait_safe(self) -> bool:
         """Wait until it is safe; False if the writer is closed before that."""
-        await _called(self._receipt.on_safe)
+        outbox = self._receipt._outbox  # noqa: SLF001  (its twin)
+        await _called(outbox, outbox.safe, self.number)
         return self.safe
 
     async def wait_stored(self) -> bool:
         """Wait until it is stored; False if the writer is closed before that."""
-        await _called(self._receipt.on_stored)
+        outbox = self._receipt._outbox  # noqa: SLF001
+        await _called(outbox, outbox.done, self.number)
         return self.stored
 
 
@@ -373,11 +376,13 @@ class AsyncEventWriter:
     def __init__(self, writer: EventWriter) -> None:
         """Take a writer that is not open yet."""
         self._writer = writer
+        self._order = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<AsyncEventWriter of {self._writer!r}>"
 
     async def init(self) -> None:
+        self._order = asyncio.Lock()  # of this event loop
         await _in_thread(self._writer.init)
 
     async def flush(self, timeout: float | None = None) -> int:
@@ -399,26 +404,33 @@ class AsyncEventWriter:
         await self.close()
 
     async def put(self, event: MonitorEvent, *, timeout: float | None = None) -> AsyncReceipt:
-        return await self._put(partial(self._writer.put, event), timeout)
+        return await self._put(self._writer._prepare(event), timeout)  # noqa: SLF001  (its twin)
 
     async def put_session(
         self, session: SessionMeta, *, timeout: float | None = None
     ) -> AsyncReceipt:
-        return await self._put(partial(self._writer.put_session, session), timeout)
+        prepared = self._writer._prepare_session(session)  # noqa: SLF001
+        return await self._put(prepared, timeout)
 
     async def update_session(
         self, session_id: str, *, timeout: float | None = None, **fields: Unpack[SessionFields]
     ) -> AsyncReceipt:
-        put = partial(self._writer.update_session, session_id, **fields)
-        return await self._put(put, timeout)
+        prepared = self._writer._prepare_update(session_id, dict(fields))  # noqa: SLF001
+        return await self._put(prepared, timeout)
 
-    async def _put(self, put: Callable[..., Receipt], timeout: float | None) -> AsyncReceipt:
-        try:
-            return AsyncReceipt(put(timeout=0))
-        except SpoolFull:
-            raise
-        except SpoolError:  # memory is full: the loop must not wait for room, a thread may
-            return AsyncReceipt(await _in_thread(partial(put, timeout=timeout)))
+    async def _put(self, prepared: Prepared, timeout: float | None) -> AsyncReceipt:
+        value, size, disk = prepared
+
+        def put(seconds: float | None) -> Receipt:
+            return self._writer._put(value, size, disk, seconds)  # noqa: SLF001
+
+        async with self._order:  # who waits for room does not let others pass
+            try:
+                return AsyncReceipt(put(0))
+            except SpoolFull:
+                raise
+            except SpoolError:  # memory is full: the loop must not wait for room, a thread may
+                return AsyncReceipt(await _in_thread(partial(put, timeout)))
 
     def health(self) -> WriterHealth:
         return self._writer.health()
@@ -436,8 +448,8 @@ for _class, _twin in (
             _method.__doc__ = _method.__doc__ or getattr(_twin, _name).__doc__
 
 
-async def _called(register: Callable[[Callable[[object], object]], None]) -> None:
-    """Wait for a callback that comes from another thread."""
+async def _called(outbox: Outbox, milestone: Milestone, number: int) -> None:
+    """Wait for a milestone, which is passed in another thread."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 
@@ -445,12 +457,15 @@ async def _called(register: Callable[[Callable[[object], object]], None]) -> Non
         if not future.done():  # cancelled, perhaps
             future.set_result(None)
 
-    def called(_: object) -> None:
+    def called() -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(done)
 
-    register(called)
-    await future
+    token = outbox.notify(milestone, number, called)
+    try:
+        await future
+    finally:
+        outbox.forget(milestone, token)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

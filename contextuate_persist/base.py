@@ -291,15 +291,22 @@ class BaseStore(ABC):
         """
         self._check_open()
         wanted: dict[str, EventRow] = {}
+        again: list[EventRow] = []
         refused: list[Refusal] = []
         for position, row in enumerate(rows):
+            placed = row._replace(position=position)
             if row.size > self._row_bytes:
                 refused.append(Refusal(position, row.id, self._too_large(row)))
-            else:
-                wanted.setdefault(row.id, row._replace(position=position))
+            elif wanted.setdefault(row.id, placed) is not placed:
+                again.append(placed)
         stored = 0
         for chunk in self._chunks([*wanted.values()]):
             stored += self._bisect(chunk, False, refused)
+        if refused and again:  # what has not got in with the first may get in with the second
+            missing = {refusal.id for refusal in refused}
+            for row in again:
+                if row.id in missing:
+                    stored += self._bisect([row], False, refused)
         return SaveResult(stored=stored, refused=tuple(refused))
 
     def _chunks(self, rows: list[EventRow]) -> Iterator[list[EventRow]]:
@@ -841,12 +848,16 @@ class BaseStore(ABC):
             time.sleep(random.uniform(0.2, 1) * min(0.002 * 2**attempt, 0.2))  # noqa: S311
 
     def _error(self, fault: Fault, error: Exception) -> PersistenceError:
-        reason = " ".join(str(error).split())
+        reason = " ".join(self._words(error).split())
         if fault is Fault.DATA:
             return ServerRefusedData(f"record: refused by the server: {reason}")
         if fault is Fault.REFUSED:
             return StoreRefused(f"{self._place}: {reason}")
         return StoreUnavailable(f"{self._place}: {reason}")
+
+    def _words(self, error: Exception) -> str:
+        """What an error says, without what may be a payload."""
+        return str(error)
 
     # --- Backend: the half with the SQL -----------------------------------------------------------
 

@@ -15,8 +15,9 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.errors import InvalidRecord, SpoolError
 from contextuate_persist.model import MonitorEvent, SessionMeta, TokenUsage
 from contextuate_persist.queued import Refused
+from contextuate_persist.spool import sync_directory
 
-_NAME = re.compile(r"(\d{12,16}-[0-9a-f]{12})\.json")
+_NAME = re.compile(r"(\d{1,16}-[0-9a-f]{12})\.json")
 
 
 class DeadLetter(NamedTuple):
@@ -53,6 +54,7 @@ class DeadLetters:
         finally:
             os.close(descriptor)
         temporary.rename(path)
+        sync_directory(self.directory)
         return letter_id
 
     def ids(self) -> list[str]:
@@ -97,14 +99,17 @@ def replay(letter: DeadLetter, store: BaseStore) -> bool:
     kind, record, _, exact = letter.content
     if not exact:
         raise InvalidRecord(f"{kind}: was no JSON, and is here only as near as JSON can tell it")
-    if kind == "event":
-        return store.save_event(MonitorEvent.from_wire(record))
-    if kind == "session":
-        return store.save_session(SessionMeta.from_wire(record))
-    if kind == "update":
-        session_id, fields = record
-        if isinstance(usage := fields.get("token_usage"), dict):
-            fields = {**fields, "token_usage": TokenUsage(**usage)}
-        store.update_session(session_id, **fields)
-        return True
+    try:
+        if kind == "event":
+            return store.save_event(MonitorEvent.from_wire(record))
+        if kind == "session":
+            return store.save_session(SessionMeta.from_wire(record))
+        if kind == "update":
+            session_id, fields = record
+            if isinstance(usage := fields.get("token_usage"), dict):
+                fields = {**fields, "token_usage": TokenUsage(**usage)}
+            store.update_session(session_id, **fields)
+            return True
+    except (TypeError, AttributeError, ValueError) as error:  # somebody has edited the letter
+        raise InvalidRecord(f"{kind}: {error}") from error
     raise InvalidRecord(f"record: a {kind} of another version, which this one cannot read")

@@ -1558,7 +1558,9 @@ FAULTS = {
     1300: Fault.DATA,
     1301: Fault.DATA,
     1366: Fault.DATA,
+    1369: Fault.DATA,
     1406: Fault.DATA,
+    1644: Fault.DATA,  # a trigger's own word
     3140: Fault.DATA,
     3141: Fault.DATA,
     3144: Fault.DATA,

@@ -18,7 +18,7 @@ from typing import Any
 
 from contextuate_persist import queued
 from contextuate_persist.errors import SpoolError, SpoolFull, StoreClosed
-from contextuate_persist.queued import ITEM_BYTES, Arrival, Item
+from contextuate_persist.queued import ITEM_BYTES, Arrival, Item, Taken, Value
 from contextuate_persist.spool import Record, Spool
 
 log = logging.getLogger(__name__)
@@ -29,28 +29,40 @@ class Milestone:
 
     def __init__(self, reached: int) -> None:
         self.reached = reached
-        self._waiting: list[tuple[int, int, Callable[[], object]]] = []
-        self._order = itertools.count()
+        self._waiting: dict[int, Callable[[], object]] = {}
+        self._order: list[tuple[int, int]] = []  # numbers with the tokens of who waits for them
+        self._tokens = itertools.count(1)
 
-    def notify(self, number: int, callback: Callable[[], object]) -> bool:
-        """Remember the callback; False if the number is passed already."""
+    def wait_for(self, number: int, callback: Callable[[], object]) -> int:
+        """Remember the callback, under a token; 0 if the number is passed already."""
         if number <= self.reached:
-            return False
-        heapq.heappush(self._waiting, (number, next(self._order), callback))
-        return True
+            return 0
+        token = next(self._tokens)
+        self._waiting[token] = callback
+        heapq.heappush(self._order, (number, token))
+        return token
+
+    def forget(self, token: int) -> None:
+        """Nobody waits for this any more."""
+        self._waiting.pop(token, None)
+        if len(self._order) > 2 * len(self._waiting) + 100:
+            self._order = [entry for entry in self._order if entry[1] in self._waiting]
+            heapq.heapify(self._order)
 
     def advance(self, number: int) -> list[Callable[[], object]]:
         """Come to a number; the callbacks that are due."""
         self.reached = max(self.reached, number)
         due = []
-        while self._waiting and self._waiting[0][0] <= self.reached:
-            due.append(heapq.heappop(self._waiting)[2])
+        while self._order and self._order[0][0] <= self.reached:
+            _, token = heapq.heappop(self._order)
+            if token in self._waiting:
+                due.append(self._waiting.pop(token))
         return due
 
     def give_up(self) -> list[Callable[[], object]]:
         """All callbacks that are left."""
-        left, self._waiting = self._waiting, []
-        return [callback for _, _, callback in left]
+        left, self._waiting, self._order = [*self._waiting.values()], {}, []
+        return left
 
 
 class Outbox:
@@ -69,6 +81,7 @@ class Outbox:
         self._ready = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
         self._passed = threading.Condition(self._lock)
+        self._hurry = threading.Condition(self._lock)
 
         self._front: deque[Item] = deque()
         self._front_bytes = 0
@@ -77,6 +90,8 @@ class Outbox:
         self._taken_to = spool.acknowledged  # the last number that has come to the front
         self._arrivals: list[Arrival] = []
         self._arrived_bytes = 0
+        self._arrived_disk = 0
+        self._letters: dict[int, Item] = {}  # settled, but not on disk yet as dead letters
         self._number = spool.last
         self._spooled = spool.last
         self.safe = Milestone(spool.last)
@@ -94,8 +109,8 @@ class Outbox:
 
     # --- Those who put ----------------------------------------------------------------------------
 
-    def add(self, value: Any, size: int, timeout: float) -> int:
-        """Queue a value of so many bytes; returns its number.
+    def add(self, value: Taken | Value, size: int, disk: int, timeout: float) -> int:
+        """Queue a value of so many bytes in memory and in the spool; returns its number.
 
         Waits for room in memory, as long as the timeout says. Raises SpoolFull at the limit of the
         spool, SpoolError if its disk is what keeps memory full, StoreClosed after `close`.
@@ -103,32 +118,37 @@ class Outbox:
         size += ITEM_BYTES
         accepted = time.time_ns() // 1_000_000
         with self._lock:
-            if self._closed or not self._has_room(size):
-                self._wait_for_room(size, timeout)
+            if self._closed or not self._has_room(size, disk):
+                self._wait_for_room(size, disk, timeout)
             self._number += 1
             self._accepted += 1
-            self._arrivals.append(Arrival(self._number, accepted, value, size))
+            self._arrivals.append(Arrival(self._number, accepted, value, size, disk))
             self._arrived_bytes += size
+            self._arrived_disk += disk
             if len(self._arrivals) == 1 or self._arrived_bytes > self._half // 2:
                 self._arrived.notify()
             return self._number
 
-    def _has_room(self, size: int) -> bool:
-        arrived = self._arrived_bytes + size
-        fits = arrived <= self._half or not self._arrivals  # one that is larger comes alone
-        return fits and self._spool.size + arrived <= self._spool_bytes
+    def _has_room(self, size: int, disk: int) -> bool:
+        # One that is larger comes alone.
+        fits = self._arrived_bytes + size <= self._half or not self._arrivals
+        return fits and self._disk_after(disk) <= self._spool_bytes
 
-    def _wait_for_room(self, size: int, timeout: float) -> None:
+    def _disk_after(self, disk: int) -> int:
+        return self._spool.size + self._arrived_disk + disk
+
+    def _wait_for_room(self, size: int, disk: int, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while True:
             if self._closed:
                 raise StoreClosed("the writer is closed")
-            if self._has_room(size):
+            if self._has_room(size, disk):
                 return
-            if self._spool.size + self._arrived_bytes + size > self._spool_bytes:
+            if self._disk_after(disk) > self._spool_bytes:
                 raise SpoolFull(
-                    f"{self._spool.directory}: the {self._spool_bytes:,} bytes that it may have "
-                    f"are used, {self._pending():,} items wait for the database"
+                    f"{self._spool.directory}: has no room for {disk:,} bytes, of the "
+                    f"{self._spool_bytes:,} that it may have; "
+                    f"{self._pending():,} items wait for the database"
                 )
             left = deadline - time.monotonic()
             if left <= 0 or not self._room.wait(left):
@@ -143,16 +163,19 @@ class Outbox:
         `linger` is how long the first waits for company, in seconds.
         """
         with self._lock:
-            while not self._arrivals and not self._front_must_be_kept():
-                if self._over:
-                    return [], False
-                self._arrived.wait()
-            if linger and not self._urgent:
-                self._arrived.wait(linger)
-            if self._spills():
-                front = [item for item in self._front if item.number > self._spooled]
-                return [*front, *self._arrivals], True
-            return [*self._arrivals], False
+            while True:
+                while not self._arrivals and not self._front_must_be_kept():
+                    if self._over:
+                        return [], False
+                    self._arrived.wait()
+                if linger and not self._urgent:
+                    self._arrived.wait(linger)
+                spills = self._spills()
+                front = [i for i in self._front if i.number > self._spooled] if spills else []
+                # Meanwhile the sender may have settled what was to be kept: then go on waiting.
+                items: list[Arrival | Item] = [*front, *self._arrivals]
+                if items:
+                    return items, spills
 
     def _spills(self) -> bool:
         full = self._front_bytes + self._arrived_bytes > self._half
@@ -181,7 +204,7 @@ class Outbox:
             done = self.done.reached
             due = self.safe.advance(max(self._spooled, done)) if on_disk else []
         if on_disk and items[0].number <= done:  # stored while they were written
-            self._spool.acknowledge(done)
+            self._acknowledge()
         _call(due)
 
     def not_kept(self, items: Sequence[Item], reason: str) -> None:
@@ -192,7 +215,7 @@ class Outbox:
                 new = self._arrived_among(items)
                 sizes = itertools.accumulate(item.size for item in new)
                 room = self._half - self._front_bytes
-                fitting = new[: sum(size <= room for size in sizes)]
+                fitting = new[: sum(size <= room for size in sizes) or (not self._front)]
                 self._bring_to_front(fitting, sum(item.size for item in fitting))
 
     def _arrived_among(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -201,7 +224,9 @@ class Outbox:
         return items[max(0, len(items) - (items[-1].number + 1 - first)) :]
 
     def _take_arrivals(self, count: int) -> None:
-        self._arrived_bytes -= sum(item.size for item in self._arrivals[:count])
+        for arrival in self._arrivals[:count]:
+            self._arrived_bytes -= arrival.size
+            self._arrived_disk -= arrival.disk
         del self._arrivals[:count]
         self._room.notify_all()
         self._ready.notify_all()
@@ -215,8 +240,10 @@ class Outbox:
 
     # --- The sender -------------------------------------------------------------------------------
 
-    def next_to_send(self, rows: int, size: int, linger: float) -> list[Item]:
-        """Wait for items to store, the oldest first; none when all is over.
+    def next_to_send(
+        self, rows: int, size: int, linger: float, patience: float | None = None
+    ) -> list[Item]:
+        """Wait for items to store, the oldest first; none when all is over, or patience is.
 
         They stay in the queue until they are settled. `linger` is how long, in seconds, a few wait
         for more: until there are so many rows or bytes.
@@ -224,7 +251,8 @@ class Outbox:
         while True:
             with self._lock:
                 while not (self._front or self._on_disk or self._over):
-                    self._ready.wait()
+                    if not self._ready.wait(patience):
+                        return []
                 if self._over:
                     return []
                 if self._front:
@@ -264,13 +292,27 @@ class Outbox:
             self._front.extend(items)
             self._front_bytes += sum(item.size for item in items)
             self._taken_to = items[-1].number if items else to
+            due: list[Callable[[], object]] = []
             if self._taken_to == self._on_disk_to and self._on_disk:
                 # Records are missing; what could be read of them lies beside the spool.
                 self._counts["set_aside"] += self._on_disk
                 self._on_disk = 0
+                if not self._front:
+                    due = self.done.advance(to) + self.safe.advance(to)
+                    self._passed.notify_all()
+        _call(due)
 
-    def settle(self, items: Sequence[Item], counts: Counter[str], reasons: dict[int, str]) -> None:
-        """These, the first ones, are done with: stored, known already, or set aside."""
+    def settle(
+        self,
+        items: Sequence[Item],
+        counts: Counter[str],
+        reasons: dict[int, str],
+        letters: Sequence[Item] = (),
+    ) -> None:
+        """These, the first ones, are done with: stored, known already, or set aside.
+
+        `letters` are those of them that no disk has yet as dead letters.
+        """
         number = items[-1].number
         with self._lock:
             if self._ended:  # too late: they come again
@@ -280,15 +322,34 @@ class Outbox:
                 self._front_bytes -= item.size
             self._counts += counts
             self._reasons |= reasons
+            self._letters |= {letter.number: letter for letter in letters}
             while len(self._reasons) > REASONS:
                 del self._reasons[next(iter(self._reasons))]
             self._failing = False
             due = self.done.advance(number) + self.safe.advance(number)
             self._room.notify_all()
             self._passed.notify_all()
+        self._acknowledge()
+        _call(due)
+
+    def _acknowledge(self) -> None:
+        with self._lock:
+            # A letter that is written nowhere else comes again from the spool.
+            number = min([self.done.reached, *(letter - 1 for letter in self._letters)])
         if self._spool.size:
             self._spool.acknowledge(number)
-        _call(due)
+
+    @property
+    def letters(self) -> list[Item]:
+        """What is settled, but still has to be written as dead letters."""
+        with self._lock:
+            return [*self._letters.values()]
+
+    def letter_written(self, letter: Item) -> None:
+        """One of `letters` is."""
+        with self._lock:
+            del self._letters[letter.number]
+        self._acknowledge()
 
     def not_sent(self) -> None:
         """The database does not take them: from now on the spool is to have everything."""
@@ -298,12 +359,27 @@ class Outbox:
 
     # --- Those who wait ---------------------------------------------------------------------------
 
-    def notify(self, milestone: Milestone, number: int, callback: Callable[[], object]) -> None:
-        """Call back when a number has passed a milestone, or nobody carries it there any more."""
+    def notify(self, milestone: Milestone, number: int, callback: Callable[[], object]) -> int:
+        """Call back when a number has passed a milestone, or nobody carries it there any more.
+
+        Returns what `forget` takes; 0 if it was called at once.
+        """
         with self._lock:
-            if not self._ended and milestone.notify(number, callback):
-                return
-        callback()
+            token = 0 if self._ended else milestone.wait_for(number, callback)
+        if not token:
+            _call([callback])
+        return token
+
+    def forget(self, milestone: Milestone, token: int) -> None:
+        """Nobody waits for this any more."""
+        with self._lock:
+            milestone.forget(token)
+
+    def pause(self, seconds: float) -> None:
+        """Wait a while before something is tried again, less if somebody waits for it."""
+        with self._lock:
+            if not self._over:
+                self._hurry.wait(min(seconds, 0.1) if self._urgent else seconds)
 
     def reason(self, number: int) -> str | None:
         """Why an item was set aside; None if it was not, or long ago."""
@@ -312,19 +388,19 @@ class Outbox:
 
     def wait_until_done(self, timeout: float | None) -> int:
         """Hurry everything that is here now; how many items are not done with in the end."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        until = time.monotonic() + (threading.TIMEOUT_MAX / 2 if timeout is None else timeout)
         with self._lock:
             number = self._number
             self._urgent += 1
-            self._arrived.notify_all()
-            self._ready.notify_all()
-            while self.done.reached < number and not self._ended:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and (left <= 0 or not self._passed.wait(left)):
-                    break
-                if left is None:
-                    self._passed.wait()
-            self._urgent -= 1
+            for condition in (self._arrived, self._ready, self._hurry):
+                condition.notify_all()
+            try:
+                while self.done.reached < number and not self._ended:
+                    left = until - time.monotonic()
+                    if left <= 0 or not self._passed.wait(left):
+                        break
+            finally:
+                self._urgent -= 1
             return 0 if self.done.reached >= number else self._pending()
 
     # --- The end ----------------------------------------------------------------------------------
@@ -339,15 +415,32 @@ class Outbox:
         """The sender is to end now, the keeper when everything is on disk."""
         with self._lock:
             self._over = True
-            self._arrived.notify_all()
-            self._ready.notify_all()
+            for condition in (self._arrived, self._ready, self._hurry):
+                condition.notify_all()
+
+    def wait_until_over(self, seconds: float) -> None:
+        """Wait so long, or until the sender is to end."""
+        until = time.monotonic() + seconds
+        with self._lock:
+            while not self._over and (left := until - time.monotonic()) > 0:
+                self._hurry.wait(left)
+
+    @property
+    def over(self) -> bool:
+        """Whether the sender is to end."""
+        return self._over
+
+    def forget_all(self) -> None:
+        """In a forked child: nobody works here, and nobody will."""
+        self._lock = threading.Lock()
+        self._closed = self._over = self._ended = True
 
     def end(self) -> int:
         """Nobody works any more; how many items would be lost, since no disk has them."""
         with self._lock:
             self._ended = True
-            unspooled = sum(item.number > self._spooled for item in self._front)
-            lost = unspooled + len(self._arrivals)
+            unspooled = [*self._front, *self._letters.values()]
+            lost = sum(item.number > self._spooled for item in unspooled) + len(self._arrivals)
             left = self.safe.give_up() + self.done.give_up()
             self._passed.notify_all()
         _call(left)
@@ -388,7 +481,7 @@ def _call(callbacks: Sequence[Callable[[], object]]) -> None:
     for callback in callbacks:
         try:
             callback()
-        except Exception:
+        except BaseException:  # whatever it is, it is not to end our thread
             log.exception("a callback of a receipt failed")
 
 

@@ -46,7 +46,7 @@ class Encoded(NamedTuple):
     exact: bytes | None
 
 
-def encode(data: dict[str, Any], working_directory: str = "", text: bytes | None = None) -> Encoded:
+def encode(data: dict[str, Any], working_directory: str = "") -> Encoded:
     """Encode a payload, and the one free text that is stored beside it.
 
     `text` is what orjson has made of the payload, if somebody has asked it already.
@@ -54,7 +54,33 @@ def encode(data: dict[str, Any], working_directory: str = "", text: bytes | None
     that are no strings, values that JSON does not have (tuples, dates, bytes ...), and what is over
     MAX_PAYLOAD_BYTES or MAX_DEPTH.
     """
-    text, exact = _encode_data(data, text)
+    return _beside(*_encode_data(data), working_directory)
+
+
+def snapshot(data: dict[str, Any]) -> bytes | None:
+    """JSON that tells a payload exactly, as it is now; None if only `encode` can tell it.
+
+    That takes less than half of the time that `encode` does, and `encode_snapshot` does the rest
+    when nobody waits. Raises InvalidRecord as `encode` does.
+    """
+    if _survey(data):
+        try:
+            text = orjson.dumps(data)
+        except TypeError:
+            return None
+        if len(text) <= _SIDECAR_KEY:  # in a longer one a key may be too long for a column
+            return text
+    return None
+
+
+def encode_snapshot(text: bytes, working_directory: str) -> Encoded:
+    """What `encode` makes of the payload that `snapshot` was given."""
+    if _has_nul(text):
+        return encode(orjson.loads(text), working_directory)
+    return _beside(text, None, working_directory)
+
+
+def _beside(text: bytes, exact: bytes | None, working_directory: str) -> Encoded:
     parts = [] if exact is None else [b'"data":' + exact]
     if not fits_text(working_directory):
         parts.append(b'"working_directory":' + exact_json(working_directory))
@@ -78,10 +104,10 @@ def decode(
     return data, kept.get("working_directory", working_directory)
 
 
-def _encode_data(data: dict[str, Any], text: bytes | None) -> tuple[bytes, bytes | None]:
+def _encode_data(data: dict[str, Any]) -> tuple[bytes, bytes | None]:
     if _survey(data):
         try:
-            text = orjson.dumps(data) if text is None else text
+            text = orjson.dumps(data)
         except TypeError:
             pass  # a lone surrogate, which only the standard encoder writes, or a key of no text
         else:

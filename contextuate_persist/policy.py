@@ -38,58 +38,69 @@ class PayloadPolicy:
                 raise ConfigurationError(f"{name}: {size!r} is not a number of bytes, 1024 or more")
 
     def apply(self, data: dict[str, Any]) -> dict[str, Any]:
-        """The payload as it is to be kept; the same object if there is nothing to do."""
-        texts = sorted(_texts(data), key=lambda text: -len(text.value))
-        chosen: list[_Text] = []
+        """The payload as it is to be kept; the same object if there is nothing to do.
+
+        With `max_bytes`, texts of 256 bytes and more are taken out, no others.
+        """
+        if not isinstance(data.get(TRIMMED, []), list):
+            return data  # somebody else's word, which is not ours to change
+        texts = sorted(_texts(data), key=lambda text: -text.size)
+        chosen: dict[tuple[str | int, ...], _Text] = {}
         if self.mirrors:
-            chosen = [text for text in texts if text.mirror and text.size >= self.mirror_bytes]
-        if self.max_bytes is not None:
-            size = _size(data) - sum(text.size for text in chosen)
             for text in texts:
-                # Below that, what tells of a text is as long as the text.
+                if text.mirror and text.size >= self.mirror_bytes:
+                    chosen[text.path] = text
+        if self.max_bytes is not None:
+            size = _size(data) - sum(text.gain for text in chosen.values())
+            for text in texts:
                 if size <= self.max_bytes or text.size < _SHORTEST:
                     break
-                if text not in chosen:
-                    chosen.append(text)
-                    size -= text.size
-        return _without(data, chosen) if chosen else data
+                if text.path not in chosen:
+                    chosen[text.path] = text
+                    size -= text.gain
+        return _without(data, [*chosen.values()]) if chosen else data
 
 
-_SHORTEST = 256
+#: The key of a payload under which stands what was taken out of it.
+TRIMMED = "trimmed"
+_SHORTEST = 256  # below that, what tells of a text is as long as the text
+_MOST = 1_000_000  # values; a payload that contains itself has no end
 
 
 class _Text(NamedTuple):
     path: tuple[str | int, ...]
-    value: str
+    size: int
+    raw: bytes
     mirror: bool
 
     @property
-    def size(self) -> int:
-        return len(_bytes(self.value))
+    def gain(self) -> int:
+        """By how much the payload gets shorter, roughly."""
+        return self.size - 130 - len(self.pointer)
+
+    @property
+    def pointer(self) -> str:
+        names = (str(name).replace("~", "~0").replace("/", "~1") for name in self.path)
+        return "".join(f"/{name}" for name in names)
 
     def told(self) -> dict[str, Any]:
         """What the payload says of a text that is gone."""
-        names = (str(name).replace("~", "~0").replace("/", "~1") for name in self.path)
-        return {
-            "path": "".join(f"/{name}" for name in names),
-            "bytes": self.size,
-            "sha256": hashlib.sha256(_bytes(self.value)).hexdigest(),
-        }
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(self.raw).hexdigest()
+        return {"path": self.pointer, "bytes": self.size, "sha256": digest}
 
 
 def _texts(data: dict[str, Any]) -> Iterator[_Text]:
     """All texts of a payload, with their places."""
     nodes: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
-    while nodes:
+    seen = 0
+    while nodes and seen < _MOST:
         path, node = nodes.pop()
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in items:
+            seen += 1
             if isinstance(value, str):
-                yield _Text((*path, key), value, _is_mirror(node, key))
+                raw = value.encode("utf-8", "surrogatepass")
+                yield _Text((*path, key), len(raw), raw, _is_mirror(node, key))
             elif isinstance(value, dict | list):
                 nodes.append(((*path, key), value))
 
@@ -118,7 +129,6 @@ def _without(data: dict[str, Any], texts: list[_Text]) -> dict[str, Any]:
                 node = copied[place[:-1]][place[-1]]
                 copied[place] = copied[place[:-1]][place[-1]] = node.copy()
         copied[text.path[:-1]][text.path[-1]] = None
-    before = data.get("trimmed")
-    told = [text.told() for text in sorted(texts, key=lambda text: str(text.path))]
-    kept["trimmed"] = [*before, *told] if isinstance(before, list) else told
+    told = [text.told() for text in sorted(texts, key=lambda text: text.pointer)]
+    kept[TRIMMED] = [*data.get(TRIMMED, []), *told]
     return kept

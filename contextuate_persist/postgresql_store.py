@@ -811,6 +811,11 @@ class PostgreSQLStore(BaseStore):
             return Fault.DATA if isinstance(error, psycopg.DataError) else Fault.LOST
         return FAULTS.get(error.sqlstate) or FAULTS.get(error.sqlstate[:2], Fault.REFUSED)
 
+    def _words(self, error: Exception) -> str:
+        # The details of a refusal quote the whole row.
+        primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+        return primary or str(error)
+
     # --- Events -----------------------------------------------------------------------------------
 
     def _insert_event(self, connection: psycopg.Connection[Any], row: EventRow) -> bool:
@@ -1219,7 +1224,9 @@ FAULTS = {
     "0A000": Fault.STALE,
     "22": Fault.DATA,
     "23": Fault.DATA,
+    "44": Fault.DATA,
     "54": Fault.DATA,
+    "P0001": Fault.DATA,  # a trigger's own word
     "55P03": Fault.TIMEOUT,  # lock_timeout
     "57014": Fault.TIMEOUT,  # statement_timeout
     "53300": Fault.TIMEOUT,  # too many connections

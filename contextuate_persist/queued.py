@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
+from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
 import orjson
@@ -40,10 +41,12 @@ Value: TypeAlias = EventRow | SessionMeta | Update | Refused
 
 
 class Taken(NamedTuple):
-    """An event that was put a moment ago, and the JSON of its payload as it was then."""
+    """An event that was put a moment ago, with what its payload was then."""
 
-    event: MonitorEvent
+    event: MonitorEvent  # all but its payload, which its owner may have changed since
     text: bytes
+    tool_name: str | None
+    tool_use_id: str | None
 
 
 class Arrival(NamedTuple):
@@ -53,6 +56,7 @@ class Arrival(NamedTuple):
     accepted: int  # Unix ms
     value: Taken | Value
     size: int  # bytes in memory, roughly
+    disk: int  # bytes in the spool, roughly
 
 
 class Item(NamedTuple):
@@ -65,39 +69,41 @@ class Item(NamedTuple):
 
 
 def take(event: MonitorEvent) -> Taken | EventRow:
-    """The event as it is now: its payload's JSON, if orjson can make it.
+    """The event as it is now; its owner may change the payload after that.
 
-    That costs 3 µs, all that an event is checked for 15: `ready` does the rest, in its own time.
-    Raises InvalidRecord for what orjson refuses and no store can keep.
+    What takes time and not the payload itself, `ready` does later. Raises InvalidRecord.
     """
-    try:
-        return Taken(event, orjson.dumps(event.data))
-    except TypeError:  # also integers past 64 bits and lone surrogates, which can be kept
-        return _encoded(event, None)
+    data = event.data
+    if isinstance(data, dict):
+        text = payload.snapshot(data)
+        if text is not None:
+            return Taken(event, text, *records.tool_keys(data))
+    checked = _checked(event)
+    encoded = payload.encode(data, event.working_directory)
+    return records.encoded_row(checked, encoded, *records.tool_keys(data))
 
 
 def ready(arrival: Arrival | Item) -> Item:
     """The item as it goes to the spool and the store: an event is checked and encoded."""
     if isinstance(arrival, Item):
         return arrival
-    number, accepted, taken, size = arrival
+    number, accepted, taken, size, _ = arrival
     if not isinstance(taken, Taken):
         return Item(number, accepted, taken, size)
-    event, text = taken
+    event, text, *tool_keys = taken
     value: Value
     try:
-        try:
-            value = _encoded(event, text)
-        except RuntimeError:  # its owner changes the payload that we look through
-            value = _encoded(replace(event, data=orjson.loads(text)), text)
+        checked = _checked(event)
+        encoded = payload.encode_snapshot(text, event.working_directory)
+        value = records.encoded_row(checked, encoded, *tool_keys)
         size = value.size
     except InvalidRecord as error:
-        value = refused_input(event, str(error))
-        size = len(text)
+        value = refused_input(replace(event, data=orjson.loads(text)), str(error))
+        size = 3 * len(text)
     return Item(number, accepted, value, size + ITEM_BYTES)
 
 
-def _encoded(event: MonitorEvent, text: bytes | None) -> EventRow:
+def _checked(event: MonitorEvent) -> CheckedEvent:
     event_id = records.check_event(event).id
     head = EventHead(
         event_id,
@@ -109,9 +115,7 @@ def _encoded(event: MonitorEvent, text: bytes | None) -> EventRow:
         event.event_type,
         event.hook_type,
     )
-    encoded = payload.encode(event.data, event.working_directory, text)
-    keys = records.tool_keys(event.data)
-    return records.encoded_row(CheckedEvent(0, head, event_id), encoded, *keys)
+    return CheckedEvent(0, head, event_id)
 
 
 def waves(items: Iterable[Item]) -> list[list[Item]]:
@@ -185,6 +189,8 @@ def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(fields)
     if isinstance(usage := plain.get("token_usage"), TokenUsage):
         plain["token_usage"] = {name: getattr(usage, name) for name in model.USAGE_WIRE}
+    if isinstance(children := plain.get("child_session_ids"), tuple):
+        plain["child_session_ids"] = list(children)
     return plain
 
 
@@ -216,22 +222,25 @@ def _loads(text: bytes) -> Any:
 
 def refused_input(record: MonitorEvent | SessionMeta | Update, reason: str) -> Refused:
     """Something that no store can keep."""
-    given: Any
     if isinstance(record, MonitorEvent):
-        kind, given = "event", record.to_wire()
+        kind, given = "event", _fields(record, model.EVENT_WIRE)
     elif isinstance(record, SessionMeta):
-        kind, given = "session", _session_wire(record)
+        kind, given = "session", _fields(record, model.SESSION_WIRE)
     else:
         kind, given = "update", [record.session_id, _plain(record.fields)]
-    told = _as_json(given)
-    return Refused(kind, told, reason, told == given)
+    words = _InWords()
+    told = words.tell(given)
+    return Refused(kind, told, reason, words.exact)
 
 
-def _session_wire(session: SessionMeta) -> dict[str, Any]:
-    try:
-        return session.to_wire()
-    except (ValueError, TypeError, AttributeError):  # a field of another type altogether
-        return {wire: getattr(session, name) for name, wire in model.SESSION_WIRE.items()}
+def _fields(record: MonitorEvent | SessionMeta, names: Mapping[str, str]) -> Any:
+    values = ((wire, getattr(record, name)) for name, wire in names.items())
+    fields = {wire: value for wire, value in values if value is not None}
+    if isinstance(usage := fields.get("tokenUsage"), TokenUsage):
+        fields["tokenUsage"] = {w: getattr(usage, n) for n, w in model.USAGE_WIRE.items()}
+    if isinstance(children := fields.get("childSessionIds"), tuple):
+        fields["childSessionIds"] = list(children)
+    return fields
 
 
 def refused(value: Value, reason: str) -> Refused:
@@ -254,21 +263,45 @@ def unreadable(body: bytes, reason: str) -> Refused:
     return Refused("record", base64.b64encode(body).decode(), reason)
 
 
-_DEEPEST = 200  # Python's own stack ends at 1,000, its caller's depth included
+class _InWords:
+    """Tells a value in JSON; what JSON does not have in words, and then it is not `exact`."""
+
+    _DEEPEST = 200  # Python's own stack ends at 1,000, its caller's depth included
+    _MOST = 100_000  # values; one that contains itself, or another very often, has no end
+
+    def __init__(self) -> None:
+        self.exact = True
+        self._left = self._MOST
+
+    def tell(self, value: Any, depth: int = 0) -> Any:
+        self._left -= 1
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if kind is int and abs(value) < 10**400:  # Python itself writes no more than 4,300 digits
+            return value
+        if kind is float and math.isfinite(value):
+            return value
+        if depth < self._DEEPEST and self._left > 0:
+            if kind is dict:
+                return {self._key(key): self.tell(item, depth + 1) for key, item in value.items()}
+            if kind is list or kind is tuple:
+                self.exact = self.exact and kind is list
+                return [self.tell(item, depth + 1) for item in value]
+        if isinstance(value, str) and isinstance(value, Enum):
+            return str.__str__(value)
+        self.exact = False
+        if isinstance(value, Sized) and not isinstance(value, str | bytes):
+            return f"a {kind.__name__}"  # too deep, or too much; its repr() would be, too
+        return model.shown(value)
+
+    def _key(self, key: object) -> str:
+        if type(key) is str:
+            return key
+        self.exact = False
+        return model.shown(key)
 
 
-def _as_json(value: Any, depth: int = 0) -> Any:
-    """The value, what JSON does not have in words."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)
-    if depth < _DEEPEST:
-        if isinstance(value, Mapping):
-            return {
-                key if isinstance(key, str) else model.shown(key): _as_json(item, depth + 1)
-                for key, item in value.items()
-            }
-        if isinstance(value, list | tuple):
-            return [_as_json(item, depth + 1) for item in value]
-    return model.shown(value)
+def plain_refusal(number: int, reason: str) -> Refused:
+    """What stands for an item that not even words can be found for."""
+    return Refused("record", f"number {number}", reason, exact=False)

@@ -8,6 +8,7 @@ a page that the disk has lost costs the records on it, not the queue.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -33,6 +34,8 @@ SEGMENT_BYTES = 16 * 2**20
 # payload can hold what looks like a record to a reader who has lost his place.
 _HEADER = struct.Struct(">8sIIQQ")
 _CHECKED_FROM = 12  # where in the header the checksum begins
+# Never by way of a link that somebody else has put there.
+_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 _NAME = re.compile(r"(\d{20})-([0-9a-f]{16})\.log")
 
 
@@ -69,7 +72,7 @@ class Spool:
     """
 
     def __init__(self, directory: str | Path, segment_bytes: int = SEGMENT_BYTES) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(os.path.abspath(directory))  # wherever the process goes later
         self.acknowledged = 0
         self.last = 0
         self.size = 0  # bytes on disk
@@ -87,11 +90,17 @@ class Spool:
 
         Raises ConfigurationError while another process has it, SpoolError if it cannot be used.
         """
+        self.damages = []
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_private(self.directory)
+            sync_directory(self.directory.parent)
             self._lock()
-            self._marking = os.open(self.directory / "acknowledged", os.O_RDWR | os.O_CREAT, 0o600)
+            path = self.directory / "acknowledged"
+            self._marking = os.open(path, _FILE, 0o600)
             self.acknowledged = self.last = _read_number(self._marking)
+            with contextlib.suppress(OSError):  # its place, for when the disk is full
+                os.pwrite(self._marking, b"%020d\n" % self.acknowledged, 0)
             records = sum(map(self._scan, _segments_of(self.directory)))
             self._remove_finished()
         except OSError as error:
@@ -102,9 +111,15 @@ class Spool:
             raise
         return records
 
-    def close(self) -> None:
-        """Let go of the spool; what is in it stays."""
+    def close(self, *, in_use: bool = False) -> None:
+        """Let go of the spool; what is in it stays.
+
+        With `in_use` some thread still hangs in a call of the disk's: its files stay open, and the
+        spool this process's, until that ends.
+        """
         with self._files:
+            if in_use:
+                self._writing = self._marking = self._locking = None
             self._end_segment()
             with contextlib.suppress(OSError):
                 self._remove_finished()
@@ -142,6 +157,10 @@ class Spool:
             # What the disk has now, nobody knows: this file is over, the records go to the next.
             with self._files:
                 self._end_segment(truncate=segment.size)
+                if not segment.size and segment in self._segments:
+                    self._segments.remove(segment)
+                    with contextlib.suppress(OSError):
+                        segment.path.unlink()
             raise
         with self._files:
             segment.size += len(data)
@@ -164,17 +183,22 @@ class Spool:
                     file.seek(start)
                     data = file.read(segment.size - start)
             except OSError as error:
-                self._report(f"{segment.path.name}: {error.strerror or error}")
+                if error.errno not in (errno.ENOENT, errno.EIO):
+                    raise  # too many open files, perhaps: it passes
+                self._report(f"{segment.path.name}: {error.strerror}")
+                self._keep_aside(segment)
                 continue
             found: list[Record] = []
+            damages: list[tuple[int, int]] = []
             size = 0
-            for record, end in _records(data, segment.mark):
+            for record, end in _records(data, segment.mark, damages):
                 if record.number > after:
                     found.append(record)
                     self._place = (record.number, segment.path, start + end)
                     size += len(record.body) + overhead
                     if size >= most_bytes:
                         break
+            self._put_aside(segment, data, damages, start)
             if found:
                 return found
         return []
@@ -185,17 +209,21 @@ class Spool:
             if self._marking is None:  # closed: all this comes again
                 return
             self.acknowledged = max(self.acknowledged, number)
-            try:
-                os.pwrite(self._marking, b"%020d\n" % self.acknowledged, 0)
-                self._remove_finished()
-            except OSError as error:
-                log.warning("spool %s: %s; some records may come again", self.directory, error)
+            for step in (self._mark_acknowledged, self._remove_finished):
+                try:
+                    step()
+                except OSError as error:
+                    log.warning("spool %s: %s; some records may come again", self.directory, error)
+
+    def _mark_acknowledged(self) -> None:
+        assert self._marking is not None  # noqa: S101  (open)
+        os.pwrite(self._marking, b"%020d\n" % self.acknowledged, 0)
 
     # --- Files ------------------------------------------------------------------------------------
 
     def _lock(self) -> None:
         path = self.directory / "lock"
-        self._locking = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._locking = os.open(path, _FILE, 0o600)
         try:
             fcntl.flock(self._locking, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -204,12 +232,19 @@ class Spool:
                 f"spool: process {owner or '?'} works on {self.directory}; "
                 "give this writer a directory of its own"
             ) from None
-        os.truncate(self._locking, 0)
-        os.pwrite(self._locking, b"%d\n" % os.getpid(), 0)
+        with contextlib.suppress(OSError):  # only for the message of who comes second
+            os.truncate(self._locking, 0)
+            os.pwrite(self._locking, b"%d\n" % os.getpid(), 0)
 
     def _scan(self, segment: _Segment) -> int:
         """Learn what a file holds; put what is unreadable aside, where somebody may look at it."""
-        data = segment.path.read_bytes()
+        try:
+            data = segment.path.read_bytes()
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EACCES, errno.EISDIR):
+                raise
+            self._report(f"{segment.path.name}: {error.strerror}")
+            return 0
         segment.size = len(data)
         damages: list[tuple[int, int]] = []
         fresh = 0
@@ -219,14 +254,32 @@ class Spool:
             if record.number > self.last:
                 fresh += 1
                 self.last = record.number
-        for start, end in damages:
-            self._report(f"{segment.path.name}: {end - start:,} bytes from {start:,} on")
-            aside = self.directory / "damaged"
-            aside.mkdir(mode=0o700, exist_ok=True)
-            (aside / f"{segment.path.name}-{start}").write_bytes(data[start:end])
+        self._put_aside(segment, data, damages, 0)
         self._segments.append(segment)
         self.size += segment.size
         return fresh
+
+    def _put_aside(
+        self, segment: _Segment, data: bytes, damages: list[tuple[int, int]], offset: int
+    ) -> None:
+        for start, end in damages:
+            damage = f"{segment.path.name}: {end - start:,} bytes from {start + offset:,} on"
+            if damage not in self.damages:
+                self._report(damage)
+                path = self._aside() / f"{segment.path.name}-{start + offset}"
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                with open(descriptor, "wb") as file:
+                    file.write(data[start:end])
+
+    def _keep_aside(self, segment: _Segment) -> None:
+        """A file that the disk does not read now may be read by somebody some day."""
+        with self._files, contextlib.suppress(OSError):
+            segment.path.rename(self._aside() / segment.path.name)
+
+    def _aside(self) -> Path:
+        aside = self.directory / "damaged"
+        aside.mkdir(mode=0o700, exist_ok=True)
+        return aside
 
     def _report(self, damage: str) -> None:
         self.damages.append(damage)
@@ -239,9 +292,15 @@ class Spool:
         if self._writing is None:
             mark = secrets.token_bytes(8)
             path = self.directory / f"{self.last + 1:020d}-{mark.hex()}.log"
-            self._writing = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            writing = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            try:
+                sync_directory(self.directory)
+            except OSError:
+                os.close(writing)
+                path.unlink()
+                raise
+            self._writing = writing
             self._segments.append(_Segment(path, mark))
-            _sync_directory(self.directory)
         return self._segments[-1]
 
     def _end_segment(self, truncate: int | None = None) -> None:
@@ -333,13 +392,24 @@ def _number(text: bytes) -> int:
     return int(text) if re.fullmatch(rb"\d{20}\n", text) else 0
 
 
+def _require_private(directory: Path) -> None:
+    """Raise SpoolError for a directory where somebody else could put what we would store."""
+    found = directory.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise SpoolError(
+            f"{directory}: belongs to somebody else, or others may write there: "
+            "name a directory of your own, with mode 0700"
+        )
+
+
 def _write(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make a new or renamed file of a directory survive a power loss; raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from contextuate_persist import model, queued, records
 from contextuate_persist.base import BaseStore
@@ -25,11 +25,12 @@ from contextuate_persist.errors import (
     SessionNotFound,
     SpoolError,
     StoreClosed,
+    StoreUnavailable,
 )
 from contextuate_persist.model import MonitorEvent, SessionMeta
 from contextuate_persist.outbox import Milestone, Outbox
 from contextuate_persist.policy import PayloadPolicy
-from contextuate_persist.queued import ITEM_BYTES, Item, Update
+from contextuate_persist.queued import Arrival, Item, Refused, Taken, Update, Value
 from contextuate_persist.records import EventRow
 from contextuate_persist.spool import SEGMENT_BYTES, Record, Spool
 
@@ -43,7 +44,10 @@ log = logging.getLogger(__name__)
 ENVIRONMENT_SPOOL = "CONTEXTUATE_SPOOL"
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between tries while the database is away
-_KEEPER_SECONDS = 10.0  # for the disk to take what is left when a writer closes
+_LETTER_SECONDS = 1.0  # between tries to write dead letters to a disk that is full
+_STRIKES = 3  # of one item, for what may be no fault of its own
+# When a writer closes: for the disk to take what is left, for the database to end a statement.
+_KEEPER_SECONDS, _SENDER_SECONDS = 10.0, 0.5
 
 
 def default_spool() -> Path:
@@ -111,8 +115,11 @@ class Receipt:
     def _wait(self, milestone: Milestone, timeout: float | None) -> bool:
         if self.number > milestone.reached:
             passed = threading.Event()
-            self._outbox.notify(milestone, self.number, passed.set)
-            passed.wait(timeout)
+            token = self._outbox.notify(milestone, self.number, passed.set)
+            try:
+                passed.wait(timeout)
+            finally:
+                self._outbox.forget(milestone, token)
         return self.number <= milestone.reached
 
 
@@ -162,9 +169,10 @@ class EventWriter:
     | the database is away | disk, up to `spool_bytes` | the same |
     | costs | a flush of the disk for each group | nothing while all is well |
 
-    What lies in the spool is stored first when the writer opens. An acknowledgement may be lost
-    with the power, and then comes again: events still count once, but an `update_session` may then
-    be done again after a later one of somebody else.
+    What lies in the spool is stored first when the writer opens. Where the process was killed
+    between the database's commit and the note of it in the spool, the last batch comes again: its
+    events still count once, but its sessions are saved and updated again, perhaps after a change
+    of somebody else.
 
     A deleted session stays deleted: what is stored later is compared with the deletion as if it had
     come at once, by its own time (`PersistenceStore.delete_session`), for as long as deletions are
@@ -217,7 +225,6 @@ class EventWriter:
         self._dead_letters = DeadLetters(self._settings.directory / "dead")
         self._outbox: Outbox | None = None
         self._threads: list[threading.Thread] = []
-        self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._retries = 0
         self._failing_since: float | None = None
@@ -239,14 +246,15 @@ class EventWriter:
                 return
             recovered = self._spool.open()
             settings = self._settings
-            self._outbox = outbox = Outbox(
+            outbox = Outbox(
                 self._spool,
                 recovered,
                 memory_bytes=settings.memory_bytes,
                 spool_bytes=settings.spool_bytes,
                 always=settings.always,
             )
-            self._stopping.clear()
+            self._retries, self._slice = 0, settings.batch_rows
+            self._failing_since = self._last_error = None
             works = [self._keep, self._send]
             if self._metrics is not None:
                 works.append(self._tell)
@@ -254,17 +262,24 @@ class EventWriter:
                 threading.Thread(target=self._work, args=(work, outbox), daemon=True)
                 for work in works
             ]
-            for thread in self._threads:
-                thread.start()
+            try:
+                for thread in self._threads:
+                    thread.start()
+            except RuntimeError:  # no thread can be had
+                outbox.stop()
+                self._spool.close(in_use=True)
+                raise
+            self._outbox = outbox
 
     def _work(self, work: Callable[[Outbox], None], outbox: Outbox) -> None:
         while True:
             try:
                 work(outbox)
-            except Exception as error:  # a defect of ours; what is in the queue still is
+            except BaseException as error:  # a defect of ours; what is in the queue still is
                 self._last_error = f"{type(error).__name__}: {error}"
                 log.exception("the writer stumbled, and goes on")
-                if self._stopping.wait(_LONGEST_PAUSE):
+                outbox.pause(_LONGEST_PAUSE)
+                if outbox.over:
                     return
             else:
                 return
@@ -275,7 +290,9 @@ class EventWriter:
         Waits for it, at most so many seconds. What is left goes on being tried, and is in the spool
         as its choice has it.
         """
-        return self._open_outbox().wait_until_done(timeout)
+        outbox = self._open_outbox()
+        self._require_other_thread()
+        return outbox.wait_until_done(timeout)
 
     def close(self, timeout: float | None = 10.0) -> int:
         """Take nothing more, store what there is, at most so many seconds; how many items are left.
@@ -283,26 +300,39 @@ class EventWriter:
         They are in the spool, for the next writer that opens it. Raises SpoolError if they are not,
         since its disk does not take them. A second call returns 0.
         """
+        self._require_other_thread()
         with self._lock:
             outbox, self._outbox = self._outbox, None
             if outbox is None:
                 return 0
             outbox.close()
-            left = outbox.wait_until_done(timeout)
-            self._stopping.set()
-            outbox.stop()
-            keeper, sender, *_ = self._threads
-            keeper.join(_KEEPER_SECONDS)
-            # It may wait for a database that does not answer; what it then hears nobody needs.
-            sender.join(0.1 if left else _KEEPER_SECONDS)
-            lost = outbox.end()
-            self._spool.close()
+            left = 0
+            try:
+                left = outbox.wait_until_done(timeout)
+            finally:  # also after Ctrl-C
+                lost = self._end(outbox)
         if lost:
             raise SpoolError(
                 f"{self._settings.directory}: {lost:,} items are neither stored nor on disk: "
                 f"{outbox.figures()['spool_error'] or 'the disk did not answer'}"
             )
         return left
+
+    def _end(self, outbox: Outbox) -> int:
+        """End the threads, the keeper when all is on disk; how many items would be lost."""
+        outbox.stop()
+        keeper, sender, *_ = self._threads
+        keeper.join(_KEEPER_SECONDS)
+        # It may wait for a database that does not answer; what it then hears nobody needs.
+        sender.join(_SENDER_SECONDS)
+        self._write_letters(outbox)
+        lost = outbox.end()
+        self._spool.close(in_use=keeper.is_alive())
+        return lost
+
+    def _require_other_thread(self) -> None:
+        if threading.current_thread() in self._threads:
+            raise RuntimeError("a callback of the writer's cannot wait for the writer")
 
     def __enter__(self) -> Self:
         """Call `init()`."""
@@ -321,7 +351,9 @@ class EventWriter:
     def _forget(self) -> None:
         """In a forked child: the writer is the parent's, with its threads and its spool."""
         self._lock = threading.Lock()
-        self._outbox = None
+        if self._outbox is not None:
+            self._outbox.forget_all()  # for receipts that the child has
+        self._outbox, self._threads = None, []
         self._spool.forget()
 
     # --- Those who put ----------------------------------------------------------------------------
@@ -336,29 +368,11 @@ class EventWriter:
         memory is full: the event is not taken then. Raises InvalidRecord for what is no
         MonitorEvent, or what `redact` fails on; StoreClosed after `close()`.
         """
-        if not isinstance(event, MonitorEvent):
-            raise InvalidRecord(f"event: a MonitorEvent is needed, not {type(event).__name__}")
-        if self._redact is not None or self._policy is not None:
-            event = self._cleaned(event)
-        try:
-            value = queued.take(event)
-        except InvalidRecord as error:
-            return self._put_refused(event, str(error), timeout)
-        # Until it is checked, the payload itself is in memory besides its JSON; never less than
-        # what it takes after that.
-        size = value.size if isinstance(value, EventRow) else 3 * len(value.text) + ITEM_BYTES
-        return self._put(value, size, timeout)
+        return self._put(*self._prepare(event), timeout)
 
     def put_session(self, session: SessionMeta, *, timeout: float | None = None) -> Receipt:
         """Take a session, to be saved as `PersistenceStore.save_session` does; see `put`."""
-        try:
-            model.check_session(session)
-        except InvalidRecord as error:
-            if not isinstance(session, SessionMeta):
-                raise
-            return self._put_refused(session, str(error), timeout)
-        size = 2 * len(session.working_directory) + 64 * len(session.child_session_ids)
-        return self._put(session, size, timeout)
+        return self._put(*self._prepare_session(session), timeout)
 
     def update_session(
         self, session_id: str, *, timeout: float | None = None, **fields: Unpack[SessionFields]
@@ -368,27 +382,49 @@ class EventWriter:
         One of a session that is not there then counts as a duplicate. Raises InvalidRecord for a
         field that sessions do not have.
         """
+        return self._put(*self._prepare_update(session_id, dict(fields)), timeout)
+
+    def _prepare(self, event: MonitorEvent) -> Prepared:
+        if not isinstance(event, MonitorEvent):
+            raise InvalidRecord(f"event: a MonitorEvent is needed, not {type(event).__name__}")
+        if self._redact is not None or self._policy is not None:
+            event = self._cleaned(event)
+        try:
+            value = queued.take(event)
+        except InvalidRecord as error:
+            return _copied(queued.refused_input(event, str(error)))
+        if isinstance(value, EventRow):
+            return value, value.size, value.size
+        # Until it is checked, the payload itself is in memory besides its JSON; and never less than
+        # what it takes after that.
+        disk = len(value.text) + 4 * len(event.working_directory) + 600
+        return value, disk + 2 * len(value.text), disk
+
+    def _prepare_session(self, session: SessionMeta) -> Prepared:
+        try:
+            model.check_session(session)
+        except InvalidRecord as error:
+            if not isinstance(session, SessionMeta):
+                raise
+            return _copied(queued.refused_input(session, str(error)))
+        return _copied(session)
+
+    def _prepare_update(self, session_id: str, fields: dict[str, Any]) -> Prepared:
         for name in fields:
             if name not in model.SESSION_CHECKS:
                 raise InvalidRecord(f"{name}: no field that update_session can set")
-        update = Update(session_id, dict(fields))
+        update = Update(session_id, fields)
         try:
             model.check_id("session_id", session_id)
             records.update_parameters(fields)
         except InvalidRecord as error:
-            return self._put_refused(update, str(error), timeout)
-        return self._put(update, 64 * len(update.fields), timeout)
+            return _copied(queued.refused_input(update, str(error)))
+        return _copied(update)
 
-    def _put_refused(
-        self, record: MonitorEvent | SessionMeta | Update, reason: str, timeout: float | None
-    ) -> Receipt:
-        refused = queued.refused_input(record, reason)
-        return self._put(refused, len(queued.to_body(refused)), timeout)
-
-    def _put(self, value: Any, size: int, timeout: float | None) -> Receipt:
+    def _put(self, value: Taken | Value, size: int, disk: int, timeout: float | None) -> Receipt:
         outbox = self._open_outbox()
         patience = self._settings.put_timeout if timeout is None else timeout
-        return Receipt(outbox, outbox.add(value, size, patience))
+        return Receipt(outbox, outbox.add(value, size, disk, patience))
 
     def _open_outbox(self) -> Outbox:
         outbox = self._outbox
@@ -401,8 +437,9 @@ class EventWriter:
             try:
                 event = self._redact(event)
             except Exception as error:
-                # Not set aside: what was to be redacted would lie on disk as it came.
-                raise InvalidRecord(f"event: redact failed: {type(error).__name__}") from error
+                # Not set aside: what was to be redacted would lie on disk as it came. And not a
+                # word of the error, which may hold it, too.
+                raise InvalidRecord(f"event: redact failed: {type(error).__name__}") from None
             if not isinstance(event, MonitorEvent):
                 raise InvalidRecord(f"event: redact gave no MonitorEvent: {type(event).__name__}")
         if self._policy is not None and isinstance(event.data, dict):
@@ -420,19 +457,17 @@ class EventWriter:
             arrivals, spills = outbox.next_to_keep(self._settings.flush_seconds)
             if not arrivals:
                 return
-            items = [queued.ready(arrival) for arrival in arrivals]
+            items = list(map(_ready, arrivals))
             try:
                 if spills:
-                    self._spool.append(
-                        [Record(item[0], item[1], queued.to_body(item.value)) for item in items]
-                    )
+                    self._spool.append(list(map(_record, items)))
             except OSError as error:
                 failures += 1
                 log.warning("spool %s: %s", self._settings.directory, error)
                 outbox.not_kept(items, error.strerror or str(error))
-                if self._stopping.is_set():
+                if outbox.over:
                     return
-                self._stopping.wait(_pause(failures))
+                outbox.pause(_pause(failures))
             else:
                 failures = 0
                 outbox.kept(items, on_disk=spills)
@@ -441,17 +476,50 @@ class EventWriter:
 
     def _send(self, outbox: Outbox) -> None:
         """Store the items in their order, until all is over."""
-        settings = self._settings
         if not self._persist(outbox, self._open_store):
             return
-        while items := outbox.next_to_send(
-            settings.batch_rows, settings.batch_bytes, settings.batch_seconds
-        ):
-            delivery = _Delivery(items)
-            while delivery.runs:
-                if not self._persist(outbox, lambda: self._deliver(delivery)):  # noqa: B023
-                    return
-            outbox.settle(items, delivery.counts, delivery.reasons)
+        while not outbox.over:
+            self._write_letters(outbox)
+            if items := self._next(outbox):
+                delivery = _Delivery(items)
+                while delivery.runs:
+                    if not self._persist(outbox, lambda: self._deliver(delivery)):  # noqa: B023
+                        return
+                outbox.settle(items, delivery.counts, delivery.reasons, delivery.letters)
+
+    def _next(self, outbox: Outbox) -> list[Item]:
+        """What to store next; nothing at the end, or when it is time for letters again."""
+        settings = self._settings
+        failures = 0
+        while True:
+            try:
+                return outbox.next_to_send(
+                    settings.batch_rows,
+                    settings.batch_bytes,
+                    settings.batch_seconds,
+                    patience=_LETTER_SECONDS if outbox.letters else None,
+                )
+            except OSError as error:  # the spool cannot be read just now
+                failures += 1
+                self._last_error = f"{settings.directory}: {error.strerror or error}"
+                log.warning("spool %s", self._last_error)
+                outbox.pause(_pause(failures))
+
+    def _write_letters(self, outbox: Outbox) -> None:
+        """Write what a full disk has not taken before, as far as it goes."""
+        for letter in outbox.letters:
+            if self._write_letter(letter):
+                outbox.letter_written(letter)
+
+    def _write_letter(self, letter: Item) -> bool:
+        assert isinstance(letter.value, Refused)  # noqa: S101  (that is what letters are)
+        try:
+            self._dead_letters.add(letter.value, letter.accepted)
+        except OSError as error:
+            self._last_error = f"{self._dead_letters.directory}: {error.strerror or error}"
+            log.warning("dead letter %s", self._last_error)
+            return False
+        return True
 
     def _open_store(self) -> None:
         self._store.init()
@@ -459,13 +527,13 @@ class EventWriter:
     def _persist(self, outbox: Outbox, work: Callable[[], object]) -> bool:
         """Do some work, again and again while the database is away; False if there is no time."""
         failures = 0
-        while not self._stopping.is_set():
+        while not outbox.over:
             try:
                 work()
             except (PersistenceError, OSError, MemoryError) as error:
                 failures += 1
                 self._failed(outbox, error)
-                self._stopping.wait(_pause(failures))
+                outbox.pause(_pause(failures))
             else:
                 if failures:
                     log.info("the database is back after %d tries", failures)
@@ -494,9 +562,13 @@ class EventWriter:
             self._isolate(part, delivery, str(error))
         except (PersistenceError, OSError, MemoryError):
             raise
-        except Exception as error:  # a defect of ours, which one item brings to light
+        except Exception as error:  # a defect of ours, which one item brings to light, perhaps
             log.exception("an item that cannot be stored")
-            self._isolate(part, delivery, f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            if len(part) == 1 and delivery.strikes < _STRIKES:
+                delivery.strikes += 1
+                raise StoreUnavailable(reason) from error
+            self._isolate(part, delivery, reason)
         else:
             delivery.done(len(part))
             self._slice = min(self._settings.batch_rows, self._slice * 2)
@@ -505,9 +577,16 @@ class EventWriter:
         """Come nearer to the item that is to blame; alone, it is set aside."""
         if len(part) > 1:
             self._slice = len(part) // 2
+            return
+        delivery.strikes = 0
+        item = part[0]
+        if isinstance(item.value, Refused):  # not even that can be written as it is
+            item = item._replace(value=queued.plain_refusal(item.number, item.value.reason))
+            delivery.letters.append(item)
+            delivery.counts["set_aside"] += 1
         else:
-            delivery.set_aside(part[0], reason)
-            delivery.done(1)
+            delivery.set_aside(item, reason)
+        delivery.done(1)
 
     def _store_part(self, part: list[Item], delivery: _Delivery) -> None:
         values: list[Any] = [item.value for item in part]
@@ -522,7 +601,8 @@ class EventWriter:
         elif isinstance(first, Update):
             delivery.count(1, stored=self._update(first))
         else:
-            self._dead_letters.add(first, part[0].accepted)
+            if not self._write_letter(part[0]):
+                delivery.letters.append(part[0])
             delivery.counts["set_aside"] += 1
             delivery.reasons[part[0].number] = first.reason
 
@@ -559,7 +639,8 @@ class EventWriter:
         assert self._metrics is not None  # noqa: S101  (or this thread would not be)
         over = False
         while not over:
-            over = self._stopping.wait(self._settings.metrics_seconds)
+            outbox.wait_until_over(self._settings.metrics_seconds)
+            over = outbox.over
             try:
                 self._metrics(self._health(outbox))
             except Exception:
@@ -573,6 +654,8 @@ class _Delivery:
         self.runs = queued.waves(items)
         self.counts: Counter[str] = Counter()
         self.reasons: dict[int, str] = {}
+        self.letters: list[Item] = []
+        self.strikes = 0
 
     def done(self, count: int) -> None:
         """So many of the first run are."""
@@ -620,6 +703,29 @@ class _Settings:
     def segment_bytes(self) -> int:
         """Of one file: small enough that a full spool has several, and memory room for one."""
         return min(SEGMENT_BYTES, self.spool_bytes // 8, self.memory_bytes // 4)
+
+
+#: What goes into the queue, with its bytes in memory and in the spool.
+Prepared: TypeAlias = tuple[Taken | Value, int, int]
+
+
+def _copied(value: SessionMeta | Update | Refused) -> Prepared:
+    """A copy that its owner cannot change any more."""
+    body = queued.to_body(value)
+    return queued.from_body(body), 3 * len(body), len(body)
+
+
+def _ready(arrival: Arrival | Item) -> Item:
+    try:
+        return queued.ready(arrival)
+    except Exception as error:  # a defect of ours: one item is not to hold up all others
+        log.exception("an item that cannot be encoded")
+        refusal = queued.plain_refusal(arrival[0], f"{type(error).__name__}: {error}")
+        return Item(arrival[0], arrival[1], refusal, arrival[3])
+
+
+def _record(item: Item) -> Record:
+    return Record(item.number, item.accepted, queued.to_body(item.value))
 
 
 def _is_always(spool: str) -> bool:

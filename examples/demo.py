@@ -10,21 +10,23 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from contextuate_persist import PersistenceError, display, open_store
+from contextuate_persist import MonitorEvent, PersistenceError, display, open_store
 from contextuate_persist.base import BaseStore
 from contextuate_persist.console import abandon_output, show, terminal_width
 from contextuate_persist.embedded import EmbeddedPostgreSQL
 from contextuate_persist.transfer import import_path
 
 COLUMNS = terminal_width()
+HERE = Path(__file__).parent
 
 
 @contextmanager
@@ -81,6 +83,73 @@ def look(store: BaseStore) -> None:
     show(display.event_table(recent, COLUMNS))
 
 
+def hooks(session: str, count: int) -> Iterator[bytes]:
+    """What Claude Code hands to its hooks, in short."""
+    common = {"session_id": session, "cwd": "/home/dev/webshop"}
+    yield json.dumps({**common, "hook_event_name": "SessionStart", "source": "startup"}).encode()
+    for number in range(count):
+        call = {"tool_name": "Bash", "tool_use_id": f"toolu_{number}"}
+        call["tool_input"] = {"command": f"make test-{number}"}  # type: ignore[assignment]
+        yield json.dumps({**common, **call, "hook_event_name": "PreToolUse"}).encode()
+
+
+def tell(payloads: Iterator[bytes], inbox: Path) -> int:
+    """Run the hook command for each payload, one process each, as Claude Code does."""
+    command = [sys.executable, "-I", "-S", str(HERE / "emit_event.py")]
+    environment = {**os.environ, "CONTEXTUATE_INBOX": str(inbox)}
+    count = 0
+    for count, payload in enumerate(payloads, 1):  # noqa: B007
+        subprocess.run(command, input=payload, env=environment, check=True)
+    return count
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > until:
+            raise PersistenceError("nothing came in a minute")
+        time.sleep(0.02)
+
+
+def watch_pipeline(server: EmbeddedPostgreSQL, store: BaseStore, directory: Path) -> None:
+    """Hook payloads by way of the daemon, with the database killed in the middle."""
+    heading("Hooks, the daemon, and a database that is killed")
+    place = directory / "daemon"
+    place.mkdir(mode=0o700)
+    arguments = ["--inbox", place / "inbox", "--spool", place / "spool", "--socket", place / "s"]
+    environment = {**os.environ, "CONTEXTUATE_DATABASE_URL": server.url}
+    command = [sys.executable, HERE / "monitor_daemon.py", *arguments]
+    with (place / "log").open("wb") as log:
+        daemon = subprocess.Popen(list(map(str, command)), env=environment, stderr=log)
+    try:
+        inbox = place / "inbox"
+        with step("start the daemon; 21 hooks, one process each"):
+            told = tell(hooks("first", 20), inbox)
+            wait_until(lambda: len(store.get_events("first")) == told)
+        with step("kill the database"):
+            pid = int((server.data / "postmaster.pid").read_text().split()[0])
+            os.kill(pid, signal.SIGKILL)
+        with step("21 more hooks, all taken and safe on disk"):
+            tell(hooks("second", 20), inbox)
+            wait_until(lambda: not list(inbox.glob("*.json")))
+        with step("start the database; wait until all is there"):
+            server.start()
+            wait_until(lambda: len(safely(store, "second")) == told)
+        show(display.event_table(store.get_events("second", limit=3), COLUMNS))
+        calls = sum(store.event_counts(name)["tool_call"] for name in ("first", "second"))
+        show([f"  {calls} of 40 calls are there, each once"])
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+
+
+def safely(store: BaseStore, session: str) -> list[MonitorEvent]:
+    try:
+        return store.get_events(session)
+    except PersistenceError:  # still on its way up
+        return []
+
+
 def demo(directory: Path) -> None:
     server = EmbeddedPostgreSQL(directory)
     heading("A private PostgreSQL")
@@ -97,6 +166,7 @@ def demo(directory: Path) -> None:
             show([f"  PostgreSQL {health.server_version}, {health.driver}"])
             fill(store)
             look(store)
+            watch_pipeline(server, store, directory)
             heading("The end")
             with step("stop the server"):
                 store.close()

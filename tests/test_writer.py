@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -74,6 +75,10 @@ def away(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(store, name, fail)
 
 
+def ready(one: MonitorEvent) -> queued.Value:
+    return queued.ready(queued.Arrival(0, 0, queued.take(one), 0, 0)).value
+
+
 def balanced(health: WriterHealth) -> bool:
     done = health.stored + health.duplicate + health.set_aside
     return health.accepted == done + health.pending
@@ -99,22 +104,36 @@ def test_what_was_put_is_stored_once_and_in_order(writer: EventWriter, store: Ba
     assert (writer.health().accepted, writer.health().duplicate) == (2510, 10)
 
 
+@pytest.mark.parametrize(
+    ("given", "changed", "kept"),
+    [
+        ({"n": 1, "list": []}, {"n": 2, "list": [1], "more": {}}, {"n": 1, "list": []}),
+        ({"n": 1}, {"n": float("nan")}, {"n": 1}),
+        ({"n": 1}, {"n": 2**70}, {"n": 1}),
+        ({"n": 2**70, "x": 1e300}, {"n": 1}, {"n": 2**70, "x": 1e300}),
+        ({"text": "\0", "n": 1}, {"text": "", "n": 2}, {"text": "\0", "n": 1}),
+        ({"text": "x" * 2**21}, {"text": ""}, {"text": "x" * 2**21}),
+        ({"toolName": "Bash"}, {"toolName": "Edit"}, {"toolName": "Bash"}),
+        ({"n": float("nan")}, {"n": 1}, None),
+    ],
+)
 def test_an_owner_may_change_his_payload_once_it_was_put(
-    writer: EventWriter, store: BaseStore
+    store: BaseStore,
+    directory: Path,
+    given: dict[str, Any],
+    changed: dict[str, Any],
+    kept: dict[str, Any] | None,
 ) -> None:
-    data: dict[str, Any] = {"n": 0, "list": [], "big": 2**70}
-    expected = []
-    for n in range(50):
-        data["n"] = n
-        one = event(data=data)
-        expected.append(one.id)
-        writer.put(one)
-        data["list"].append(n)
-    assert writer.flush(30) == 0
-    for n, event_id in enumerate(expected):
-        got = store.get_event_by_id("s", event_id)
-        assert got is not None
-        assert got.data == {"n": n, "list": list(range(n)), "big": 2**70}
+    data = dict(given)
+    with EventWriter(store, spool_directory=directory, flush_seconds=0.1) as writer:
+        receipt = writer.put(event(data=data))
+        data.clear()
+        data.update(changed)
+        assert receipt.wait_stored(30)
+        assert (receipt.refusal is None) == (kept is not None)
+    assert [e.data for e in store.get_events("s")] == ([kept] if kept else [])
+    tool = (kept or {}).get("toolName", "Bash")
+    assert len(store.find_events(tool_name=tool)) == ("toolName" in given)
 
 
 def test_sessions_updates_and_events_of_a_session_keep_their_order(
@@ -157,7 +176,7 @@ def test_what_was_accepted_before_a_deletion_does_not_undo_it(
 @given(st.lists(st.tuples(st.sampled_from("ESU"), st.sampled_from("abc")), max_size=30))
 def test_runs_keep_the_order_of_each_session(kinds: list[tuple[str, str]]) -> None:
     values: dict[str, Any] = {
-        "E": lambda name: queued.ready(queued.Arrival(0, 0, queued.take(event(name)), 0)).value,
+        "E": lambda name: ready(event(name)),
         "S": session,
         "U": lambda name: Update(name, {}),
     }
@@ -192,8 +211,7 @@ UPDATE = Update("s", {"label": None, "token_usage": TokenUsage(total_output=3), 
 
 
 def test_every_kind_of_item_comes_out_of_the_spool_as_it_went_in() -> None:
-    odd = queued.ready(queued.Arrival(1, 2, queued.take(ODD), 0)).value
-    large = queued.ready(queued.Arrival(1, 2, queued.take(event(data={"b": "b" * 2**21})), 0)).value
+    odd, large = ready(ODD), ready(event(data={"b": "b" * 2**21}))
     for value in (odd, large, SESSION, UPDATE, Refused("event", {"n": 2**80, "s": "\ud83d"}, "x")):
         assert queued.from_body(queued.to_body(value)) == value
 
@@ -270,7 +288,7 @@ def test_a_full_spool_says_so_and_takes_again_later(
     away(store, monkeypatch)
     with EventWriter(store, spool_directory=directory, spool_bytes=2**20) as writer:
         taken = 0
-        message = r"1,048,576 bytes that it may have are used, \d+ items wait"
+        message = r"no room for .* of the 1,048,576 that it may have; \d+ items wait"
         with pytest.raises(SpoolFull, match=message):  # noqa: PT012
             for taken in range(2000):
                 writer.put(event("s", T0 + taken, data={"x": "x" * 2000})).wait_safe(30)
@@ -318,6 +336,60 @@ def test_the_default_spool_is_named_by_the_environment_or_in_the_home_directory(
     monkeypatch.delenv("CONTEXTUATE_SPOOL")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(tmp_path / ".contextuate/monitor/spool") in repr(EventWriter(store))
+
+
+def test_a_spool_that_cannot_be_read_for_a_moment_loses_nothing(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, failures = Path.open, iter(range(3))
+
+    def too_many(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.suffix == ".log" and next(failures, None) is not None:
+            raise OSError(24, "Too many open files")
+        return original(self, *arguments, **options)
+
+    with EventWriter(store, spool_directory=directory, memory_bytes=2**20) as writer:
+        with monkeypatch.context() as patch:
+            away(store, patch)
+            for n in range(300):
+                writer.put(event("s", T0 + n, data={"x": "x" * 5000})).wait_safe(30)
+            monkeypatch.setattr(Path, "open", too_many)
+        assert writer.flush(30) == 0
+        assert (writer.health().stored, writer.health().set_aside) == (300, 0)
+        assert next(failures, None) is None
+
+
+def test_when_the_last_of_the_spool_is_lost_nobody_waits_for_it(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    with EventWriter(store, spool_directory=directory, memory_bytes=2**20) as writer:
+        for n in range(600):
+            receipt = writer.put(event("s", T0 + n, data={"x": "x" * 5000}))
+            receipt.wait_safe(30)
+        for path in sorted(directory.glob("*.log"))[-2:]:
+            path.unlink()
+        monkeypatch.undo()
+        assert writer.flush(60) == 0
+        assert receipt.wait_stored(1)
+        assert balanced(writer.health())
+        assert writer.health().set_aside > 0
+
+
+def test_a_spool_that_others_may_write_to_is_refused(
+    store: BaseStore, directory: Path, tmp_path: Path
+) -> None:
+    directory.mkdir()
+    directory.chmod(0o777)
+    with pytest.raises(SpoolError, match="others may write there"):
+        EventWriter(store, spool_directory=directory).init()
+    directory.chmod(0o700)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (directory / "lock").symlink_to(victim)
+    with pytest.raises(SpoolError, match="symbolic links"):
+        EventWriter(store, spool_directory=directory).init()
+    assert victim.read_text() == "precious"
 
 
 # --- A disk that fails ----------------------------------------------------------------------------
@@ -381,6 +453,31 @@ def test_what_memory_holds_goes_to_disk_first_once_that_works_again(
     assert [e.timestamp for e in store.get_events("s")] == [T0 + i for i in range(11)]
 
 
+def test_one_event_alone_is_kept_and_stored_whatever_the_disk_did_before(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without others behind it: the keeper must notice by itself, and go on."""
+    with EventWriter(
+        store, spool_directory=directory, flush_seconds=0.02, batch_seconds=0
+    ) as writer:
+        for n in range(20):
+            with monkeypatch.context() as patch:
+                broken_disk(writer, patch)
+                assert writer.put(event("s", T0 + n)).wait_stored(30)
+            time.sleep(0.02)
+        assert writer.put(event("s", T0 + 99)).wait_stored(30)
+
+
+def test_an_event_larger_than_memory_passes_a_broken_disk(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EventWriter(store, spool_directory=directory, memory_bytes=2**20) as writer:
+        broken_disk(writer, monkeypatch)
+        receipts = [writer.put(event(data={"x": "x" * 3_000_000})), writer.put(event())]
+        assert all(receipt.wait_stored(30) for receipt in receipts)
+        monkeypatch.undo()
+
+
 # --- Poison ---------------------------------------------------------------------------------------
 
 
@@ -389,7 +486,7 @@ def test_poison_is_set_aside_and_its_neighbours_are_stored(
 ) -> None:
     events = [event(f"s{i % 5}", T0 + i) for i in range(500)]
     events[7] = event("s2", T0 + 7, data={"x": [1, float("nan")]})
-    events[250] = event("s0", 12, data={"deep": {1: (2,)}})
+    events[250] = event("s0", T0 + 250, data={"deep": {1: (2,)}})
     events[499] = event("s4", T0 + 499, data={"x": "x" * 17_000_000})
     receipts = [writer.put(one) for one in events]
     assert writer.flush(60) == 0
@@ -399,7 +496,7 @@ def test_poison_is_set_aside_and_its_neighbours_are_stored(
     reasons = {n: receipt.refusal for n, receipt in enumerate(receipts) if receipt.refusal}
     assert sorted(reasons) == [7, 250, 499]
     assert reasons[7] == "data.x[1]: JSON has no nan"
-    assert "timestamp: 12" in str(reasons[250])
+    assert reasons[250] == "data.deep[1]: JSON has no tuple (make it a list)"
     assert "at most 16,777,216 are kept" in str(reasons[499])
     letters = list(DeadLetters(directory / "dead"))
     assert {letter.content.reason for letter in letters} == set(reasons.values())
@@ -497,7 +594,7 @@ def test_a_defect_that_one_item_brings_to_light_costs_that_item_only(
     assert (writer.health().stored, writer.health().set_aside) == (39, 1)
 
 
-def test_letters_wait_for_a_disk_that_is_full(
+def test_letters_that_a_full_disk_does_not_take_hold_nobody_up(
     writer: EventWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> str:
@@ -505,11 +602,101 @@ def test_letters_wait_for_a_disk_that_is_full(
 
     with monkeypatch.context() as patch:
         patch.setattr(writer._dead_letters, "add", fail)
-        receipt = writer.put(event(data={"x": float("inf")}))
-        assert not receipt.wait_stored(0.5)
+        poison = writer.put(event(data={"x": float("inf")}))
+        assert poison.wait_stored(30)
+        assert writer.put(event()).wait_stored(30)
         assert "No space left" in str(writer.health().last_error)
-    assert receipt.wait_stored(30)
-    assert writer.health().dead_letters == 1
+        assert writer.health().failing_seconds is None
+        assert (writer.health().set_aside, writer.health().dead_letters) == (1, 0)
+    until = time.monotonic() + 30
+    while not writer.health().dead_letters:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_letter_that_is_written_nowhere_else_comes_again_from_the_spool(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    with EventWriter(store, spool_directory=directory) as writer:
+        monkeypatch.setattr(writer._dead_letters, "add", fail)
+        writer.put(event(data={"x": float("inf")}))
+        writer.put(event("s", T0 + 1)).wait_stored(30)
+    with EventWriter(store, spool_directory=directory) as writer:
+        assert writer.flush(30) == 0
+        health = writer.health()
+        assert (health.set_aside, health.duplicate, health.dead_letters) == (1, 1, 1)
+
+
+def test_not_even_what_has_no_words_holds_anybody_up(writer: EventWriter, directory: Path) -> None:
+    class Odd:
+        def __eq__(self, other: object) -> bool:
+            raise ValueError
+
+        __hash__ = None  # type: ignore[assignment]
+
+    endless: list[Any] = []
+    endless.append(endless)
+    wide: list[Any] = []
+    for _ in range(200):
+        wide = [wide, wide]
+    for value in (10**5000, Odd(), endless, wide, {Odd: 1}, b"x"):
+        writer.put(event(data={"x": value}))
+    late = writer.put(event("s", 10**5000))
+    assert writer.put(event("good")).wait_stored(30)
+    assert late.refusal is not None
+    assert (writer.health().stored, writer.health().set_aside) == (1, 7)
+    assert writer.health().dead_letters == 7
+    assert not any(letter.content.exact for letter in DeadLetters(directory / "dead"))
+
+
+def test_when_the_first_of_two_with_one_id_is_refused_the_second_is_stored(
+    writer: EventWriter, store: BaseStore, database: Database
+) -> None:
+    database.execute("ALTER TABLE events ADD CONSTRAINT no_teapots CHECK (tool_name <> 'Teapot')")
+    try:
+        first = event("s", data={"toolName": "Teapot", "secret": "hunter2"})
+        second = event("s", id=first.id)
+        receipts = [writer.put(first), writer.put(second)]
+        assert writer.flush(30) == 0
+    finally:
+        verb = "CONSTRAINT" if database.backend == "postgresql" else "CHECK"
+        database.execute(f"ALTER TABLE events DROP {verb} no_teapots")
+    assert "no_teapots" in str(receipts[0].refusal)
+    assert "hunter2" not in str(receipts[0].refusal)
+    assert receipts[1].refusal is None
+    assert store.get_events("s") == [second]
+
+
+def test_what_a_trigger_refuses_is_set_aside(
+    writer: EventWriter, store: BaseStore, database: Database
+) -> None:
+    if database.backend == "postgresql":
+        database.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN IF NEW.tool_name = 'Teapot' THEN RAISE EXCEPTION 'no teapots'; END IF; "
+            "RETURN NEW; END $$"
+        )
+        create = "FOR EACH ROW EXECUTE FUNCTION refuse()"
+    else:
+        create = (
+            "FOR EACH ROW IF NEW.tool_name = 'Teapot' THEN "
+            "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'no teapots'; END IF"
+        )
+    database.execute(f"CREATE TRIGGER refusing BEFORE INSERT ON events {create}")
+    try:
+        receipt = writer.put(event("s", data={"toolName": "Teapot"}))
+        good = writer.put(event("s"))
+        assert writer.flush(30) == 0
+    finally:
+        on = " ON events" if database.backend == "postgresql" else ""
+        database.execute(f"DROP TRIGGER refusing{on}")
+        if on:
+            database.execute("DROP FUNCTION refuse()")
+    assert "no teapots" in str(receipt.refusal)
+    assert (good.refusal, len(store.get_events("s"))) == (None, 1)
 
 
 # --- Redaction and policy -------------------------------------------------------------------------
@@ -590,6 +777,10 @@ def test_the_largest_texts_go_until_a_payload_has_its_size() -> None:
     assert [one["path"] for one in small["trimmed"]] == ["/before", "/a", "/b/0", "/b/1/c"]
     assert small["d"] == "d" * 100
     assert policy.apply({"x": 1}) == {"x": 1}
+    owned = {"trimmed": "mine", "x": "x" * 9000}
+    assert policy.apply(owned) is owned
+    many = PayloadPolicy(max_bytes=2**20).apply({f"k{n}": "é" * 300 for n in range(10_000)})
+    assert len(json.dumps(many, ensure_ascii=False).encode()) < 1.3 * 2**20
     odd = {"big": 2**80, "s": "\ud800" * 5000}
     assert policy.apply(odd)["s"] is None
     with pytest.raises(ConfigurationError, match="max_bytes: 5 is not a number of bytes"):
@@ -800,6 +991,106 @@ def test_a_forked_child_leaves_the_writer_to_its_parent(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert writer.put(event("s", T0 + 2)).wait_stored(30)
     assert [e.timestamp for e in store.get_events("s")] == [T0, T0 + 2]
+
+
+def test_what_a_callback_does_ends_no_thread(writer: EventWriter) -> None:
+    told: list[str] = []
+
+    def leave(_: Receipt) -> None:
+        raise SystemExit
+
+    def wait(_: Receipt) -> None:
+        for call in (writer.flush, writer.close):
+            try:
+                call()
+            except RuntimeError as error:
+                told.append(str(error))
+
+    receipt = writer.put(event())
+    receipt.on_stored(leave)
+    receipt.on_stored(wait)
+    assert receipt.wait_stored(30)
+    receipt.on_stored(leave)
+    assert writer.put(event()).wait_stored(30)
+    assert told == ["a callback of the writer's cannot wait for the writer"] * 2
+
+
+def test_who_gives_up_waiting_leaves_nothing_behind(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    receipt = writer.put(event())
+    for _ in range(5000):
+        assert not receipt.wait_stored(0)
+    assert writer._outbox is not None
+    assert len(writer._outbox.done._order) < 200
+    monkeypatch.undo()
+    assert receipt.wait_stored(30)
+
+
+def test_a_sender_that_comes_back_too_late_changes_nothing(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_session(session("s"))
+    held, entered = threading.Event(), threading.Event()
+    original = store.update_session
+
+    def slow(session_id: str, **fields: Any) -> None:
+        original(session_id, **fields)
+        if fields == {"label": "a"}:
+            entered.set()
+            held.wait(30)
+
+    monkeypatch.setattr(store, "update_session", slow)
+    writer = EventWriter(store, spool_directory=directory)
+    writer.init()
+    for label in "abc":
+        writer.update_session("s", label=label)
+    assert entered.wait(30)
+    assert writer.close(0) == 3
+    monkeypatch.undo()
+    with writer:
+        assert writer.flush(30) == 0
+        held.set()
+        time.sleep(0.3)
+    got = store.get_session("s")
+    assert got is not None
+    assert got.label == "c"
+
+
+def test_ctrl_c_while_a_writer_closes_closes_it(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch, ctrl_c: None
+) -> None:
+    away(store, monkeypatch)
+    writer = EventWriter(store, spool_directory=directory)
+    writer.init()
+    writer.put(event())
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        writer.close(60)
+    monkeypatch.undo()
+    with writer:
+        assert writer.flush(30) == 0
+    assert len(store.get_events("s")) == 1
+
+
+def test_large_updates_count_with_all_they_hold(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(store, monkeypatch)
+    children = [f"child-{n:0200}" for n in range(500)]
+    writer.update_session("s", child_session_ids=children)
+    children.clear()
+    assert writer.health().memory_bytes > 100_000
+    monkeypatch.undo()
+    store.save_session(session("s"))
+    assert writer.flush(30) == 0
+    got = store.get_session("s")
+    assert got is not None
+    assert len(got.child_session_ids) == 500
 
 
 # --- For asyncio ----------------------------------------------------------------------------------
