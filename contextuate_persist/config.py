@@ -7,12 +7,12 @@ import json
 import logging
 import os
 import re
-import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
 
+from contextuate_persist import tls
 from contextuate_persist.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -98,11 +98,6 @@ def is_local(host: str) -> bool:
         return False
 
 
-def ssl_authorities() -> str:
-    """The file of the certificate authorities that this machine trusts."""
-    return ssl.get_default_verify_paths().cafile or ""
-
-
 # --- The configuration file -----------------------------------------------------------------------
 
 _DATABASE_KEYS = {
@@ -115,15 +110,6 @@ _DATABASE_KEYS = {
     "passwordFile": str,
     "optionFile": str,
     "tls": dict,
-}
-_TLS_KEYS = {"mode": str, "ca": str, "cert": str, "key": str}
-#: One set of words for both databases, libpq's; beside each MySQL's.
-_TLS_MODES = {
-    "disable": "DISABLED",
-    "prefer": "PREFERRED",
-    "require": "REQUIRED",
-    "verify-ca": "VERIFY_CA",
-    "verify-full": "VERIFY_IDENTITY",
 }
 _DEFAULT_DATABASE = "contextuate_monitor"
 
@@ -200,7 +186,7 @@ def _url_of_block(kind: str, database: dict[str, Any], path: Path) -> str:
     place = f"[{host}]" if ":" in host else quote(host, safe="")
     if "port" in database:
         place += f":{database['port']}"
-    parameters = _tls_parameters(kind, database.get("tls", {}), path)
+    parameters = _tls_parameters(database.get("tls", {}), path)
     if "socket" in database:
         if kind == "postgresql":
             place = f":{database['port']}" if "port" in database else ""
@@ -233,16 +219,13 @@ def _password(database: Mapping[str, Any], path: Path) -> str:
     return str(database.get("password", ""))
 
 
-def _tls_parameters(kind: str, tls: dict[str, Any], path: Path) -> dict[str, str]:
-    tls = _checked(tls, "persistence.database.tls", _TLS_KEYS, path)
-    mode = tls.pop("mode", None)
-    if mode is not None and mode not in _TLS_MODES:
-        modes = ", ".join(_TLS_MODES)
+def _tls_parameters(block: Any, path: Path) -> dict[str, str]:
+    keys = dict.fromkeys(tls.WORDS, str)
+    given = _checked(block, "persistence.database.tls", keys, path)
+    if given.get("mode", "prefer") not in tls.MODES:
+        modes = ", ".join(tls.MODES)
         raise ConfigurationError(f"{path}: persistence.database.tls.mode is one of {modes}")
-    files = {name: str(_path(file)) for name, file in tls.items()}
-    if kind == "mysql":
-        named = {f"ssl-{name}": file for name, file in files.items()}
-        return named | ({"ssl-mode": _TLS_MODES[mode]} if mode else {})
-    words = {"ca": "sslrootcert", "cert": "sslcert", "key": "sslkey"}
-    named = {words[name]: file for name, file in files.items()}
-    return named | ({"sslmode": mode} if mode else {})
+    return {
+        tls.WORDS[name]: value if name == "mode" else str(_path(value))
+        for name, value in given.items()
+    }

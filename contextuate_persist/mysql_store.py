@@ -20,9 +20,9 @@ import mysql.connector
 from mysql.connector.errors import Error as MySQLError
 from mysql.connector.optionfiles import MySQLOptionsParser
 
-from contextuate_persist import base, payload, records, schema, trees
+from contextuate_persist import base, payload, records, schema, tls, trees
 from contextuate_persist.base import BaseStore, Event, Fault
-from contextuate_persist.config import check_quoting, is_local, ssl_authorities
+from contextuate_persist.config import check_quoting, is_local
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidRecord,
@@ -668,18 +668,19 @@ class MySQLStore(BaseStore):
     _row_limit_setting = "max_allowed_packet"
 
     def __init__(self, url: str, **options: Any) -> None:
-        """Take a URL: mysql://USER:PASSWORD@HOST:PORT/DATABASE?ssl-mode=...&socket=...
+        """Take a URL: mysql://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=...&socket=...
 
-        Parameters: `socket`, `ssl-mode` (DISABLED, PREFERRED, REQUIRED, VERIFY_CA,
-        VERIFY_IDENTITY; without it a server elsewhere is verified), `ssl-ca`, `ssl-cert`,
-        `ssl-key`, `option-file` (its [client] group may hold user and password), and `use-pure=1`
-        for the driver's pure Python implementation.
+        Parameters: `socket`, `sslmode` (disable, prefer, require, verify-ca, verify-full; without
+        it a server elsewhere is verified), `sslrootcert`, `sslcert`, `sslkey`, or for these MySQL's
+        own `ssl-mode` (DISABLED ... VERIFY_IDENTITY), `ssl-ca`, `ssl-cert`, `ssl-key`;
+        `option-file` (its [client] group may hold user and password), and `use-pure=1` for the
+        driver's pure Python implementation.
         """
         super().__init__(**options)
         check_quoting(url)
-        self._arguments, self._place = parse_url(url)
+        self._arguments, self._tls, self._place = parse_url(url)
         # The driver itself goes on in plain text where a server, or a liar, offers no TLS.
-        self._encrypted = bool(self._arguments.pop("_encrypted", False))
+        self._encrypted = self._tls["sslmode"] not in ("disable", "prefer")
         self._arguments |= {
             "charset": "utf8mb4",
             "autocommit": True,
@@ -711,9 +712,12 @@ class MySQLStore(BaseStore):
         arguments = dict(self._arguments)
         if patient:
             arguments.pop("read_timeout", None)
+        tls.check_files(self._tls)
         try:
             connection: Any = mysql.connector.connect(**arguments)
         except (MySQLError, MySQLInterfaceError) as error:
+            if refusal := tls.refusal(_reason(error), encrypted=self._encrypted):
+                raise StoreRefused(f"{self._place}: {refusal}") from error
             refused = getattr(error, "errno", None) in REFUSED_LOGINS
             kind = StoreRefused if refused else StoreUnavailable
             raise kind(f"{self._place}: {_reason(error)}") from error
@@ -1407,7 +1411,7 @@ def _close_quietly(connection: Any) -> None:
 
 def _require_tls(cipher: str, place: str) -> None:
     if not cipher:
-        raise StoreRefused(f"{place}: offers no TLS, and the URL requires it")
+        raise StoreRefused(f"{place}: {tls.NOT_OFFERED}")
 
 
 def _require_mysql(version: str, place: str) -> None:
@@ -1440,11 +1444,9 @@ _NO_SUCH_COLUMN = 1054
 
 # --- Settings -------------------------------------------------------------------------------------
 
-_SSL_MODES = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
 
-
-def parse_url(url: str) -> tuple[dict[str, Any], str]:
-    """The driver's arguments, and the place in words."""
+def parse_url(url: str) -> tuple[dict[str, Any], dict[str, str], str]:
+    """The driver's arguments, the TLS settings among them as they hold, the place in words."""
     try:
         parts = urlsplit(url)
         port = parts.port or 3306
@@ -1470,10 +1472,11 @@ def parse_url(url: str) -> tuple[dict[str, Any], str]:
         arguments = _login_of_file(os.path.expanduser(option_file)) | arguments
     if given.pop("use-pure", "") in ("1", "true"):
         arguments["use_pure"] = True
-    arguments |= _tls(given, local=bool(socket) or is_local(host))
+    settings = _tls(given, socket=bool(socket), local=is_local(host))
+    arguments |= _tls_arguments(settings)
     if given:
         raise ConfigurationError(f"database URL: no parameter {', '.join(sorted(given))} is known")
-    return arguments, place
+    return arguments, settings, place
 
 
 def _login_of_file(path: str) -> dict[str, str]:
@@ -1502,20 +1505,35 @@ def _option(text: str) -> str:
     return re.sub(r"\\([btnrs\\])", lambda match: escapes[match[1]], text)
 
 
-def _tls(given: dict[str, str], *, local: bool) -> dict[str, Any]:
+def _tls(given: dict[str, str], *, socket: bool, local: bool) -> dict[str, str]:
     """Verified TLS for a server elsewhere, unless the URL says otherwise in so many words."""
-    mode = given.pop("ssl-mode", "PREFERRED" if local else "VERIFY_IDENTITY").upper()
-    if mode not in _SSL_MODES:
-        raise ConfigurationError(f"database URL: ssl-mode is one of {', '.join(_SSL_MODES)}")
-    files = {name: given.pop(name) for name in ("ssl-ca", "ssl-cert", "ssl-key") if name in given}
-    if mode == "DISABLED":
+    words = {word: given.pop(word) for word in tls.WORDS.values() if word in given}
+    for name, word in tls.WORDS.items():
+        if f"ssl-{name}" in given:
+            words[word] = given.pop(f"ssl-{name}")
+    mode = words.get("sslmode", "prefer")
+    modes = {theirs: ours for ours, theirs in tls.MODES.items()}
+    if modes.setdefault(mode.upper(), mode) not in tls.MODES:
+        known = ", ".join(tls.MODES)
+        raise ConfigurationError(f"database URL: sslmode is one of {known}")
+    if "sslmode" in words:
+        words["sslmode"] = modes[mode.upper()]
+    if socket:  # as in libpq: nobody is in between, and there is no host name
+        words = {"sslmode": "disable" if words.get("sslmode") == "disable" else "prefer"}
+    return tls.settle(words, local=local or socket)
+
+
+def _tls_arguments(settings: Mapping[str, str]) -> dict[str, Any]:
+    mode = settings["sslmode"]
+    if mode == "disable":
         return {"ssl_disabled": True}
-    arguments: dict[str, Any] = {name.replace("-", "_"): path for name, path in files.items()}
-    arguments["_encrypted"] = mode != "PREFERRED"
-    if mode.startswith("VERIFY"):
-        arguments.setdefault("ssl_ca", ssl_authorities())
+    names = {"sslrootcert": "ssl_ca", "sslcert": "ssl_cert", "sslkey": "ssl_key"}
+    arguments: dict[str, Any] = {
+        name: settings[word] for word, name in names.items() if word in settings
+    }
+    if mode in tls.VERIFYING:
         arguments["ssl_verify_cert"] = True
-        arguments["ssl_verify_identity"] = mode == "VERIFY_IDENTITY"
+        arguments["ssl_verify_identity"] = mode == "verify-full"
     return arguments
 
 

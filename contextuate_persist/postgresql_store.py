@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import psycopg
@@ -16,9 +17,9 @@ from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
-from contextuate_persist import base, model, payload, records, schema, trees
+from contextuate_persist import base, model, payload, records, schema, tls, trees
 from contextuate_persist.base import BaseStore, Event, Fault
-from contextuate_persist.config import check_quoting, is_local, ssl_authorities
+from contextuate_persist.config import check_quoting, is_local
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidRecord,
@@ -687,7 +688,8 @@ class PostgreSQLStore(BaseStore):
             "client_encoding": "utf8",
             "application_name": "contextuate_persist",
         }
-        self._conninfo = make_conninfo(**defaults | given | _tls(given))
+        self._tls = _tls(given)
+        self._conninfo = make_conninfo(**defaults | given | self._tls)
         self._connection_arguments: dict[str, Any] = {
             "autocommit": True,
             "prepare_threshold": prepare_threshold,
@@ -729,10 +731,13 @@ class PostgreSQLStore(BaseStore):
         )
 
     def _connect(self) -> ImpatientConnection:
+        tls.check_files(self._tls)
         try:
             connection = ImpatientConnection.connect(self._conninfo, **self._connection_arguments)
         except psycopg.Error as error:
             reason = " ".join(str(error).split()) or type(error).__name__
+            if refusal := tls.refusal(reason):
+                raise StoreRefused(f"{self._place}: {refusal}") from error
             # FATAL is the server's word: it was reached, and mostly it will say the same again.
             refused = "FATAL" in reason and not any(word in reason for word in PASSING)
             kind = StoreRefused if refused else StoreUnavailable
@@ -1196,16 +1201,21 @@ def _place(given: Mapping[str, Any]) -> str:
 
 def _tls(given: Mapping[str, Any]) -> dict[str, str]:
     """Verified TLS for a server elsewhere, unless the URL says otherwise in so many words."""
-    named = given.get("hostaddr") or given.get("host") or os.environ.get("PGHOST") or ""
-    chosen = "sslmode" in given or "PGSSLMODE" in os.environ or "service" in given
-    if chosen or all(map(is_local, str(named).split(","))):
-        return {}
-    if "sslrootcert" in given:
-        return {"sslmode": "verify-full"}
-    # libpq knows the word "system" from version 16 on.
-    authorities = "system" if psycopg.pq.version() >= 160000 else ssl_authorities()
-    return {"sslmode": "verify-full", "sslrootcert": authorities}
+    named = str(given.get("hostaddr") or given.get("host") or os.environ.get("PGHOST") or "")
+    words = {word: str(given[word]) for word in tls.WORDS.values() if word in given}
+    for word in tls.WORDS.values():
+        if value := os.environ.get(f"PG{word.upper()}"):
+            words.setdefault(word, value)
+    # What else a service names is its file's to say, and a file at libpq's own place libpq's.
+    if "service" in given or "PGSERVICE" in os.environ:
+        return words
+    if OWN_AUTHORITIES.expanduser().is_file():
+        words.setdefault("sslrootcert", str(OWN_AUTHORITIES.expanduser()))
+    return tls.settle(words, local=all(map(is_local, named.split(","))))
 
+
+#: Where libpq looks for authorities if none are named.
+OWN_AUTHORITIES = Path("~/.postgresql/root.crt")
 
 #: What an SQLSTATE, or its class, means; whatever is missing here the server refuses.
 FAULTS = {

@@ -20,6 +20,7 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.mysql_store import MySQLStore
 from contextuate_persist.postgresql_store import PostgreSQLStore
 from tests import servers
+from tests.authority import Authority
 from tests.proxy import Proxy
 
 BACKENDS = ("postgresql", "mysql")
@@ -192,6 +193,30 @@ def own_server(backend: str) -> Iterator[servers.Server]:
     """A second server that tests may stop and kill."""
     start = servers.postgresql_server if backend == "postgresql" else servers.mysql_server
     with start() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Who makes certificates for the servers of the tests, and for their clients."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def tls_server(backend: str, authority: Authority) -> Iterator[servers.Server]:
+    """A server with a certificate; a PostgreSQL asks `certified` for one of the client, too."""
+    right = authority.right
+    if backend == "postgresql":
+        access = [
+            "hostssl all certified all scram-sha-256 clientcert=verify-ca",
+            "hostnossl all certified all reject",
+        ]
+        started = servers.postgresql_server(tls=right, access=access)
+    else:
+        started = servers.mysql_server(tls=right)
+    if started.external_url is not None:
+        pytest.skip("an external server: its certificate is not ours to choose")
+    with started as server:
         yield server
 
 

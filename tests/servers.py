@@ -287,6 +287,23 @@ class Supervisor:
 # ------------------------------------------------------------------- what all servers share
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a server shows of itself over TLS, and whose clients it believes; all of it PEM."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+    authority: bytes
+
+    def write(self, directory: Path, owner: tuple[int, int] | None) -> None:
+        for name in ("certificate", "key", "authority"):
+            path = directory / f"{name}.pem"
+            path.write_bytes(getattr(self, name))
+            path.chmod(0o600)
+            if owner is not None:
+                os.chown(path, *owner)
+
+
 @dataclass
 class Server:
     """One server; `start()` before use, `remove()` after it. Made by the functions below."""
@@ -303,6 +320,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
     stop_signal: int = signal.SIGTERM
     disk: Path | None = None
+    tls: Material | None = field(default=None, repr=False)
     external_url: str | None = field(default=None, repr=False)
     _supervisor: Supervisor | None = field(default=None, repr=False)
     _pid: int = field(default_factory=os.getpid, repr=False)
@@ -318,6 +336,8 @@ class Server:
         attempts = 1
         if self._supervisor is None:
             self.prepare(self)
+            if self.tls is not None:
+                self._write_material(self.tls)
             self._supervisor = Supervisor(
                 directory=str(self.directory),
                 log=str(self.log),
@@ -337,6 +357,18 @@ class Server:
                     raise
                 self.port = _free_port()
         return self
+
+    def show(self, material: Material) -> None:
+        """Show another certificate from now on; the server was started with one."""
+        self._owned("change the certificate of")
+        if material != self.tls:
+            self.tls = material
+            self._write_material(material)
+            self.restart()  # ALTER INSTANCE RELOAD TLS takes only certificates that are right
+
+    def _write_material(self, material: Material) -> None:
+        owner = (self.setup["user"], self.setup["group"]) if self.setup.get("user") else None
+        material.write(self.directory, owner)
 
     def _insert_disk(self) -> None:
         if self.disk is None:
@@ -888,10 +920,12 @@ def mysql_server(
     options: Mapping[str, str | int] | None = None,
     installation: MySQLInstallation | None = None,
     disk: str | None = None,
+    tls: Material | None = None,
 ) -> Server:
     """A MySQL server, not yet started; durable settings are the server's defaults.
 
     `disk` is what of the server's directory lies on a disk of its own, see `Server.leave_free`.
+    Without `tls` it has a certificate that it made itself.
     """
     if installation is None and (url := os.environ.get("CONTEXTUATE_TEST_MYSQL_URL")):
         return _external("mysql", url)
@@ -906,6 +940,8 @@ def mysql_server(
         ) from exc
     home = _directory(directory)
     merged = {**MYSQL_OPTIONS, **{k.replace("_", "-"): v for k, v in (options or {}).items()}}
+    if tls is not None:
+        merged |= {f"ssl-{option}": str(home / file) for option, file in TLS_FILES.items()}
 
     def argv(server: Server) -> list[str]:
         return [
@@ -930,8 +966,11 @@ def mysql_server(
         argv=argv,
         prepare=prepare,
         disk=home / disk if disk else None,
+        tls=tls,
     )
 
+
+TLS_FILES = {"cert": "certificate.pem", "key": "key.pem", "ca": "authority.pem"}
 
 # ------------------------------------------------------------------- PostgreSQL
 
@@ -949,10 +988,13 @@ def postgresql_server(
     options: Mapping[str, str | int] | None = None,
     binaries: PostgreSQLBinaries | None = None,
     disk: str | None = None,
+    tls: Material | None = None,
+    access: Sequence[str] = (),
 ) -> Server:
     """A PostgreSQL server, not yet started; logins need a password, over TCP and socket alike.
 
     `disk` is what of the server's directory lies on a disk of its own, see `Server.leave_free`.
+    Without `tls` it offers none. `access` are lines before those of its pg_hba.conf.
     """
     if binaries is None and (url := os.environ.get("CONTEXTUATE_TEST_POSTGRESQL_URL")):
         return _external("postgresql", url)
@@ -972,6 +1014,9 @@ def postgresql_server(
     if (blocked := account.unreachable(*reversed(home.parents))) is not None:
         raise ValueError(f"{account.name} may not enter {blocked}: pass no directory")
     merged = {**POSTGRESQL_OPTIONS, **(options or {})}
+    if tls is not None:
+        files = {f"ssl_{option}_file": home / file for option, file in TLS_FILES.items()}
+        merged |= {"ssl": "on", **{option: str(file) for option, file in files.items()}}
     password = secrets.token_hex(16)
 
     def argv(server: Server) -> list[str]:
@@ -995,6 +1040,8 @@ def postgresql_server(
         secret.unlink()
         if done.returncode:
             raise ServerUnavailable(f"initdb: {done.stdout.strip()[-400:]}")
+        rules = home / "data/pg_hba.conf"
+        rules.write_text("".join(f"{line}\n" for line in access) + rules.read_text())
 
     return Server(
         kind="postgresql",
@@ -1009,6 +1056,7 @@ def postgresql_server(
         environment={k: v for k, v in os.environ.items() if not k.startswith("PG")},
         stop_signal=signal.SIGINT,
         disk=home / disk if disk else None,
+        tls=tls,
     )
 
 

@@ -295,8 +295,7 @@ class BareMySQL(Bare):
 
     def __init__(self, url: str, *, original: bool = False) -> None:
         super().__init__(original=original)
-        arguments, _ = mysql_store.parse_url(url)
-        arguments.pop("_encrypted", None)
+        arguments, _, _ = mysql_store.parse_url(url)
         self._connection: Any = mysql.connector.connect(
             **arguments,
             charset="utf8mb4",

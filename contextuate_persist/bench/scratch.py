@@ -61,8 +61,7 @@ def _require_schema(url: str, name: str) -> None:
 
 @contextmanager
 def _mysql_database(url: str, name: str) -> Iterator[str]:
-    arguments, _ = mysql_store.parse_url(url)
-    arguments.pop("_encrypted", None)
+    arguments, _, _ = mysql_store.parse_url(url)
     connection: Any = mysql.connector.connect(**arguments)
     try:
         try:

@@ -395,6 +395,5 @@ def json_text(value: object) -> str:
 
 def mysql_arguments(url: str) -> dict[str, Any]:
     """The driver's arguments for a URL, as our store reads it."""
-    arguments, _ = mysql_store.parse_url(url)
-    arguments.pop("_encrypted", None)
+    arguments, _, _ = mysql_store.parse_url(url)
     return arguments
