@@ -104,9 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=text, parents=[suppressed], allow_abbrev=False
+            name, help=text, description=text, parents=[suppressed], allow_abbrev=False, **options
         )
         return added
 
@@ -127,6 +127,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--interval", metavar="S", type=_seconds, default=1.0, help="seconds between views (1)"
     )
     command("status", "ask the database how it is")
+    command(
+        "check",
+        "look for what is wrong with a database: schema, privileges, TLS, settings, condition",
+        epilog="Exit status: 0 if all is well, 3 with warnings, 1 with a problem.",
+    )
     _add_spool(command("spool", "what waits on this machine for the database: see it, store it"))
     _add_dead(command("dead", "what was set aside since no database takes it: see it, try again"))
     _add_hook(command("hook", "have Claude Code tell what it does: a command in its settings"))

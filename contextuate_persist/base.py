@@ -16,7 +16,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 
-from contextuate_persist import model, payload, records, schema, trees
+from contextuate_persist import doctor, model, payload, records, schema, trees
+from contextuate_persist.doctor import Finding, Level, Seen
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidBatch,
@@ -780,6 +781,23 @@ class BaseStore(ABC):
     def health(self) -> Health:
         return self._run(self._health)
 
+    def check(self) -> list[Finding]:
+        """Look at the connection, the server, the schema and the account: what is well, what not.
+
+        The store need not be open, and nothing is raised: that the server cannot be reached is a
+        finding, too.
+        """
+        try:
+            return doctor.judge(self._examine())
+        except PersistenceError as error:
+            reason = str(error)
+        except Exception as error:
+            fault = self._fault(error)
+            if fault is None:  # pragma: no cover  (a defect, not the database's word)
+                raise
+            reason = str(self._error(fault, error))
+        return [Finding("connection", Level.PROBLEM, reason)]
+
     # --- Schema: the owner's account, by explicit command -------------------------------------
 
     def apply_schema(self, timeout: float = 60.0) -> bool:
@@ -1003,6 +1021,10 @@ class BaseStore(ABC):
     @abstractmethod
     def _schema_session(self, timeout: float) -> AbstractContextManager[SchemaSession]:
         """A connection of its own that holds the schema lock; raises StoreUnavailable."""
+
+    @abstractmethod
+    def _examine(self) -> Seen:
+        """What a check looks at, over a connection of its own."""
 
     @abstractmethod
     def _health(self, connection: Any) -> Health: ...

@@ -1,6 +1,7 @@
 """The command `contextuate-persist`: every command is a few calls of the library.
 
-Exit status: 0; 1 for an error, told in one line; 2 for a wrong command line; 130 after Ctrl-C.
+Exit status: 0; 1 for an error, told in one line; 2 for a wrong command line; 3 if `check` has
+warnings and no problem; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from contextuate_persist.config import ENVIRONMENT_URL, open_store
 from contextuate_persist.console import (
     ProgressBar,
     abandon_output,
+    paint,
     show,
     show_json,
     tell,
     terminal_width,
 )
+from contextuate_persist.doctor import Level
 from contextuate_persist.errors import ConfigurationError, PersistenceError, SessionNotFound
 from contextuate_persist.model import MonitorEvent
 from contextuate_persist.transfer import ImportReport, import_path
@@ -60,15 +63,16 @@ def _has_password(url: str) -> bool:
 
 @contextmanager
 def _owned_store(args: argparse.Namespace) -> Iterator[BaseStore]:
-    """A store that is not opened, to change its schema."""
-    if args.url or os.environ.get(ENVIRONMENT_URL):
-        yield _store(args)
-    else:
-        # Opening the embedded store would apply the schema, and not tell whether it did.
-        from contextuate_persist.embedded import EmbeddedPostgreSQL  # noqa: PLC0415
+    """A store that is not opened, to change its schema or to see what keeps it from opening."""
+    from contextuate_persist.embedded import EmbeddedPostgreSQL, EmbeddedStore  # noqa: PLC0415
 
+    store = _store(args)
+    if isinstance(store, EmbeddedStore):
+        # Opening it would apply the schema, and not tell whether it did.
         with EmbeddedPostgreSQL() as server:
             yield open_store(server.url)
+    else:
+        yield store
 
 
 def _init(args: argparse.Namespace) -> int:
@@ -240,6 +244,22 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    with _owned_store(args) as store:
+        findings = store.check()
+    if args.json:
+        show_json(dataclasses.asdict(finding) for finding in findings)
+    else:
+        colours = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
+        show(
+            f"{paint(one.level.value.ljust(8), colours[one.level])} {one.check:12} "
+            f"{display.safe(str(one))}"
+            for one in findings
+        )
+    levels = {finding.level for finding in findings}
+    return 1 if Level.PROBLEM in levels else 3 if Level.WARNING in levels else 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     # It imports what no other command needs.
     from contextuate_persist.bench.run import run  # noqa: PLC0415
@@ -284,6 +304,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "recent": _recent,
     "watch": _watch,
     "status": _status,
+    "check": _check,
     "spool": _spool,
     "dead": _dead,
     "hook": hook_command.run,

@@ -40,6 +40,17 @@ def fitted(lines: Iterable[str]) -> Iterator[str]:
         yield text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def paint(text: str, colour: str) -> str:
+    """The text in a colour, where standard output is a terminal that wants it."""
+    wanted = "NO_COLOR" not in os.environ and os.environ.get("TERM") not in (None, "", "dumb")
+    if sys.stdout is None or not sys.stdout.isatty() or not wanted:
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+_COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1}
+
+
 def show_json(records: Iterable[Mapping[str, Any]]) -> None:
     """Print records as lines of JSON."""
     for record in records:

@@ -20,7 +20,7 @@ import mysql.connector
 from mysql.connector.errors import Error as MySQLError
 from mysql.connector.optionfiles import MySQLOptionsParser
 
-from contextuate_persist import base, payload, records, schema, tls, trees
+from contextuate_persist import base, doctor, payload, records, schema, tls, trees
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local
 from contextuate_persist.errors import (
@@ -660,6 +660,152 @@ SET SESSION
     max_execution_time = {statement_ms}
 """
 
+# --- Checks ---------------------------------------------------------------------------------------
+
+SELECT_NOW = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)"
+
+# Lines of schemas/mysql-shape.txt. Left out are procedures, which only administrators see, and what
+# differs between versions of the server: the text of views and rules, the width of integers.
+SELECT_SHAPE = """
+SELECT CONCAT('table ', t.table_name, ' ', t.engine, ' ', t.table_collation)
+FROM information_schema.tables AS t
+WHERE t.table_schema = DATABASE()
+    AND t.table_name IN (
+        'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+    )
+UNION ALL
+SELECT CONCAT(
+    'column ', c.table_name, '.', c.column_name, ' ',
+    REGEXP_REPLACE(c.column_type, '^(int|bigint)[(][0-9]+[)]', '$1'),
+    COALESCE(CONCAT(' collate ', c.collation_name), ''),
+    IF(c.is_nullable = 'NO', ' not null', ''),
+    COALESCE(CONCAT(' default ', c.column_default), ''),
+    IF(c.extra = '', '', CONCAT(' ', c.extra))
+)
+FROM information_schema.columns AS c
+WHERE c.table_schema = DATABASE()
+    AND c.table_name IN (
+        'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+    )
+UNION ALL
+SELECT CONCAT('column ', c.table_name, '.', c.column_name)
+FROM information_schema.columns AS c
+WHERE c.table_schema = DATABASE()
+    AND c.table_name IN ('active_sessions', 'session_hierarchy', 'events_text')
+UNION ALL
+SELECT CONCAT(
+    'constraint ', c.table_name, '.', c.constraint_name, ' ', c.constraint_type,
+    COALESCE(CONCAT(' to ', r.referenced_table_name, ', on delete ', r.delete_rule), '')
+)
+FROM information_schema.table_constraints AS c
+LEFT JOIN information_schema.referential_constraints AS r
+    ON r.constraint_schema = c.constraint_schema AND r.constraint_name = c.constraint_name
+WHERE c.table_schema = DATABASE()
+    AND c.table_name IN (
+        'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+    )
+UNION ALL
+SELECT CONCAT(
+    'index ', i.table_name, '.', i.index_name,
+    IF(MAX(i.non_unique), '', ' unique'),
+    IF(MAX(i.is_visible) = 'NO', ' invisible', ''),
+    ' (',
+    GROUP_CONCAT(
+        i.column_name, IF(i.collation = 'D', ' desc', '') ORDER BY i.seq_in_index SEPARATOR ', '
+    ),
+    ')'
+)
+FROM information_schema.statistics AS i
+WHERE i.table_schema = DATABASE()
+    AND i.table_name IN (
+        'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+    )
+GROUP BY i.table_name, i.index_name
+"""
+
+# Shows also what comes from roles, which no table does.
+SHOW_GRANTS = "SHOW GRANTS"
+
+# By name; each may be refused to an account, which is then said and no fault.
+CHECKS = {
+    "tls": """
+        SELECT MAX(IF(s.variable_name = 'Ssl_version', s.variable_value, '')),
+            MAX(IF(s.variable_name = 'Ssl_cipher', s.variable_value, ''))
+        FROM performance_schema.session_status AS s
+        WHERE s.variable_name IN ('Ssl_version', 'Ssl_cipher')
+    """,
+    "shape": SELECT_SHAPE,
+    "privileges": SHOW_GRANTS,
+    "settings": """
+        SELECT 'innodb_flush_log_at_trx_commit',
+            CAST(@@GLOBAL.innodb_flush_log_at_trx_commit AS CHAR)
+        UNION ALL
+        SELECT 'sync_binlog', IF(@@GLOBAL.log_bin, CAST(@@GLOBAL.sync_binlog AS CHAR), '1')
+        UNION ALL
+        SELECT 'innodb_doublewrite', CAST(@@GLOBAL.innodb_doublewrite AS CHAR)
+        UNION ALL
+        SELECT 'time_zone', @@SESSION.time_zone
+        UNION ALL
+        SELECT 'sql_mode', IF(
+            FIND_IN_SET('STRICT_TRANS_TABLES', @@SESSION.sql_mode)
+            AND NOT FIND_IN_SET('NO_BACKSLASH_ESCAPES', @@SESSION.sql_mode),
+            'strict', @@SESSION.sql_mode
+        )
+        UNION ALL
+        SELECT 'global sql_mode', IF(
+            FIND_IN_SET('STRICT_TRANS_TABLES', @@GLOBAL.sql_mode)
+            OR FIND_IN_SET('STRICT_ALL_TABLES', @@GLOBAL.sql_mode),
+            'strict', CONCAT('not strict: ', @@GLOBAL.sql_mode)
+        )
+    """,
+    "packet": "SELECT @@GLOBAL.max_allowed_packet",
+    "size": """
+        SELECT CAST(SUM(t.data_length + t.index_length) AS SIGNED), @@GLOBAL.datadir
+        FROM information_schema.tables AS t
+        WHERE t.table_schema = DATABASE()
+    """,
+    # Needs PROCESS. The names are as in the file system, so of plain databases only.
+    "statistics": """
+        SELECT SUBSTRING_INDEX(t.name, '/', -1), t.num_rows, t.modified_counter
+        FROM information_schema.innodb_tablestats AS t
+        WHERE t.name IN (CONCAT(DATABASE(), '/sessions'), CONCAT(DATABASE(), '/events'))
+    """,
+    # idx_seq is AUTO_INCREMENT's, which does not count as use.
+    "unused": """
+        SELECT u.index_name, s.stat_value * @@GLOBAL.innodb_page_size, (
+            SELECT CAST(g.variable_value AS UNSIGNED)
+            FROM performance_schema.global_status AS g
+            WHERE g.variable_name = 'Uptime'
+        )
+        FROM performance_schema.table_io_waits_summary_by_index_usage AS u
+        JOIN mysql.innodb_index_stats AS s
+            ON s.database_name = u.object_schema
+            AND s.table_name = u.object_name
+            AND s.index_name = u.index_name
+            AND s.stat_name = 'size'
+        WHERE u.object_schema = DATABASE()
+            AND u.object_name IN ('sessions', 'events')
+            AND u.index_name NOT IN ('PRIMARY', 'uq_events_id', 'idx_seq')
+            AND u.count_star = 0
+    """,
+    "slow": """
+        SELECT d.digest_text, d.count_star, d.avg_timer_wait / 1000000000
+        FROM performance_schema.events_statements_summary_by_digest AS d
+        WHERE d.schema_name = DATABASE()
+            AND REGEXP_LIKE(d.digest_text, '^(SELECT|INSERT|UPDATE|DELETE|WITH).*(sessions|events)')
+        ORDER BY d.avg_timer_wait DESC
+        LIMIT 20
+    """,
+    "prepared": "XA RECOVER",
+}
+SUPPORTED = (8, 9)
+DURABLE = {
+    "innodb_flush_log_at_trx_commit": ("1",),
+    "sync_binlog": ("1",),
+    "innodb_doublewrite": ("ON", "1", "DETECT_AND_RECOVER"),
+}
+WANTED = {"time_zone": ("+00:00",), "sql_mode": ("strict",), "global sql_mode": ("strict",)}
+
 
 class MySQLStore(BaseStore):
     """A store in MySQL 8.0.17 or newer; implements PersistenceStore."""
@@ -1008,6 +1154,32 @@ class MySQLStore(BaseStore):
             pool_size=self._pool_size,
             pool_in_use=self._living_pool().in_use,
         )
+
+    def _examine(self) -> doctor.Seen:
+        connection = self._connect()
+        try:
+            start = time.perf_counter()
+            server_now = _execute(connection, SELECT_NOW)[0][0]
+            latency = time.perf_counter() - start
+            pure = isinstance(connection, mysql.connector.connection.MySQLConnection)
+            return doctor.Seen(
+                place=self._place,
+                local="unix_socket" in self._arguments or is_local(self._arguments["host"]),
+                tls=self._tls,
+                server=_execute(connection, SELECT_SERVER)[0][0],
+                supported=SUPPORTED,
+                driver=f"mysql-connector-python {mysql.connector.__version__}",
+                implementation="python" if pure else "c",
+                latency_ms=latency * 1000,
+                clock_ms=server_now - (time.time() - latency / 2) * 1000,
+                version=_read_version(connection),
+                shape=schema.read_shape(self.backend),
+                durable=DURABLE,
+                wanted=WANTED,
+                answers={name: _answer(connection, query) for name, query in CHECKS.items()},
+            )
+        finally:
+            _close_quietly(connection)
 
     def _run_statements(self, connection: Any, statements: list[str]) -> None:
         for statement in statements:
@@ -1441,6 +1613,64 @@ def _read_version(connection: Any) -> schema.SchemaVersion | None:
 
 _NO_SUCH_TABLE = 1146
 _NO_SUCH_COLUMN = 1054
+
+
+def _answer(connection: Any, query: str) -> list[Any] | None:
+    """The rows; None if the server does not give them to this account."""
+    try:
+        if query == SHOW_GRANTS:
+            return _beyond_data(_execute(connection, query), _execute(connection, SELECT_SERVER))
+        if query.startswith("XA"):  # cannot be prepared
+            connection.cmd_query(query.encode())
+            return [(_text(row[3]), None) for row in connection.get_rows()[0]]
+        return _execute(connection, query)
+    except (MySQLError, MySQLInterfaceError):
+        if not connection.is_connected():
+            raise
+        return None
+
+
+def _text(value: Any) -> str:
+    return (
+        bytes(value).decode(errors="replace")
+        if isinstance(value, bytes | bytearray)
+        else str(value)
+    )
+
+
+def _beyond_data(grants: Iterable[tuple[str]], server: list[Any]) -> list[tuple[str, str]]:
+    """What an account lacks of what the library needs, and what it has beyond that."""
+    database = server[0][2]
+    needed = {"SELECT", "INSERT", "UPDATE", "DELETE"}
+    found: set[str] = set()
+    excess: list[str] = []
+    for (grant,) in grants:
+        match = re.match(r"GRANT (.+) ON (\*|`(?:[^`]|``)*`)\.(\*|`(?:[^`]|``)*`) TO ", grant)
+        if match is None:
+            continue  # a role, whose privileges are shown too, or PROXY
+        privileges = set(re.sub(r" ?\([^)]*\)", "", match[1]).replace(", ", ",").split(","))
+        privileges -= {"USAGE"}
+        here = _pattern(match[2]).fullmatch(database) is not None
+        if here and match[3] == "*":
+            found |= needed if "ALL PRIVILEGES" in privileges else privileges
+        beyond = privileges - needed if here and match[2] != "*" else privileges
+        if "WITH GRANT OPTION" in grant:
+            beyond.add("GRANT OPTION")
+        if beyond:
+            excess.append(f"{', '.join(sorted(beyond)[:4])} on {match[2]}.{match[3]}")
+    return [("missing", word) for word in sorted(needed - found)] + [
+        ("excess", text) for text in excess
+    ]
+
+
+def _pattern(quoted: str) -> re.Pattern[str]:
+    """The databases that a grant names: with % and _ as wildcards, unless these are escaped."""
+    if quoted == "*":
+        return re.compile(".*", re.DOTALL)
+    words = {"%": ".*", "_": "."}
+    parts = re.findall(r"\\[%_]|.", quoted[1:-1].replace("``", "`"), re.DOTALL)
+    return re.compile("".join(words.get(part) or re.escape(part[-1]) for part in parts), re.DOTALL)
+
 
 # --- Settings -------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
-from contextuate_persist import base, model, payload, records, schema, tls, trees
+from contextuate_persist import base, doctor, model, payload, records, schema, tls, trees
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local
 from contextuate_persist.errors import (
@@ -620,6 +620,199 @@ SELECT
     set_config('idle_in_transaction_session_timeout', %(statement)s, FALSE)
 """
 
+# --- Checks ---------------------------------------------------------------------------------------
+
+SELECT_NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+
+# Lines of schemas/postgresql-shape.txt. Left out is what differs between versions and builds of the
+# server: the text of views, the compression of payloads, and the default that makes ids by hand.
+SELECT_SHAPE = """
+WITH relations AS (
+    SELECT c.oid, c.relname AS name, c.relkind AS kind
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = current_schema()
+        AND c.relname IN (
+            'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger',
+            'active_sessions', 'session_hierarchy'
+        )
+)
+SELECT concat(
+    'column ', r.name, '.', a.attname, ' ', format_type(a.atttypid, a.atttypmod),
+    CASE WHEN a.attcollation <> t.typcollation THEN ' collate ' || k.collname END,
+    CASE WHEN a.attnotnull THEN ' not null' END,
+    CASE WHEN a.attidentity <> '' THEN ' identity' END,
+    CASE
+        WHEN r.name = 'events' AND a.attname = 'id' THEN NULL
+        WHEN a.attgenerated <> '' THEN ' generated ' || pg_get_expr(d.adbin, d.adrelid)
+        ELSE ' default ' || pg_get_expr(d.adbin, d.adrelid)
+    END
+)
+FROM relations AS r
+JOIN pg_attribute AS a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
+JOIN pg_type AS t ON t.oid = a.atttypid
+LEFT JOIN pg_collation AS k ON k.oid = a.attcollation
+LEFT JOIN pg_attrdef AS d ON d.adrelid = r.oid AND d.adnum = a.attnum
+UNION ALL
+SELECT concat('constraint ', r.name, '.', c.conname, ' ', pg_get_constraintdef(c.oid))
+FROM relations AS r JOIN pg_constraint AS c ON c.conrelid = r.oid
+WHERE c.contype IN ('c', 'f', 'p', 'u')
+UNION ALL
+SELECT concat(
+    'index ', r.name, '.', c.relname,
+    CASE WHEN i.indisunique THEN ' unique' END,
+    CASE WHEN NOT i.indisvalid THEN ' invalid' END,
+    ' ', substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)')
+)
+FROM relations AS r
+JOIN pg_index AS i ON i.indrelid = r.oid
+JOIN pg_class AS c ON c.oid = i.indexrelid
+UNION ALL
+SELECT concat('member ', t.typname, '.', e.enumlabel)
+FROM pg_enum AS e JOIN pg_type AS t ON t.oid = e.enumtypid
+WHERE t.oid IN (
+    to_regtype('session_status'), to_regtype('monitor_event_type'), to_regtype('claude_hook_type')
+)
+UNION ALL
+SELECT concat('trigger ', r.name, '.', g.tgname, CASE WHEN g.tgenabled <> 'O' THEN ' disabled' END)
+FROM relations AS r JOIN pg_trigger AS g ON g.tgrelid = r.oid AND NOT g.tgisinternal
+UNION ALL
+SELECT concat('function ', p.proname, ' ', md5(p.prosrc))
+FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+WHERE n.nspname = current_schema()
+    AND p.proname IN (
+        'get_recent_events', 'get_session_event_counts', 'prune_old_sessions',
+        'update_updated_at_column'
+    )
+"""
+
+# What the account lacks of what the library needs, and what it has beyond that.
+SELECT_PRIVILEGES = """
+WITH tables AS (
+    SELECT c.oid, c.relname AS name, c.relowner AS owner
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = current_schema()
+        AND c.relname IN (
+            'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+        )
+),
+account AS (
+    SELECT a.oid, a.rolsuper, a.rolcreaterole, a.rolcreatedb, a.rolreplication, a.rolbypassrls
+    FROM pg_roles AS a
+    WHERE a.rolname = current_user
+)
+SELECT 'missing', concat(p.privilege, ' on ', string_agg(t.name, ', ' ORDER BY t.name))
+FROM tables AS t CROSS JOIN (VALUES ('SELECT'), ('INSERT'), ('UPDATE'), ('DELETE')) AS p (privilege)
+WHERE (t.name <> 'schema_version' OR p.privilege = 'SELECT')
+    AND NOT has_table_privilege(t.oid, p.privilege)
+GROUP BY p.privilege
+UNION ALL
+SELECT 'excess', concat(p.privilege, ' on ', string_agg(t.name, ', ' ORDER BY t.name))
+FROM tables AS t
+CROSS JOIN (
+    VALUES ('TRUNCATE'), ('REFERENCES'), ('TRIGGER'), ('SELECT WITH GRANT OPTION'),
+        ('INSERT WITH GRANT OPTION'), ('UPDATE WITH GRANT OPTION'), ('DELETE WITH GRANT OPTION')
+) AS p (privilege)
+CROSS JOIN account AS a
+WHERE NOT a.rolsuper
+    AND NOT pg_has_role(t.owner, 'USAGE')
+    AND has_table_privilege(t.oid, p.privilege)
+GROUP BY p.privilege
+UNION ALL
+SELECT 'excess', concat('owner of ', string_agg(t.name, ', ' ORDER BY t.name))
+FROM tables AS t CROSS JOIN account AS a
+WHERE NOT a.rolsuper AND pg_has_role(t.owner, 'USAGE')
+HAVING count(*) > 0
+UNION ALL
+SELECT 'excess', x.name
+FROM account AS a
+CROSS JOIN LATERAL (
+    VALUES
+        ('superuser', a.rolsuper),
+        ('CREATEROLE', NOT a.rolsuper AND a.rolcreaterole),
+        ('CREATEDB', NOT a.rolsuper AND a.rolcreatedb),
+        ('REPLICATION', NOT a.rolsuper AND a.rolreplication),
+        ('BYPASSRLS', NOT a.rolsuper AND a.rolbypassrls),
+        (
+            'CREATE in the schema',
+            NOT a.rolsuper AND has_schema_privilege(current_schema(), 'CREATE')
+        ),
+        (
+            'CREATE in the database',
+            NOT a.rolsuper AND has_database_privilege(current_database(), 'CREATE')
+        ),
+        (
+            'TEMPORARY tables in the database',
+            NOT a.rolsuper AND has_database_privilege(current_database(), 'TEMPORARY')
+        )
+) AS x (name, given)
+WHERE x.given
+"""
+
+# By name; each may be refused to an account, which is then said and no fault.
+CHECKS = {
+    "tls": """
+        SELECT s.version, s.cipher
+        FROM pg_stat_ssl AS s
+        WHERE s.pid = pg_backend_pid() AND s.ssl
+    """,
+    "shape": SELECT_SHAPE,
+    "privileges": SELECT_PRIVILEGES,
+    "settings": """
+        SELECT s.name, s.setting
+        FROM pg_settings AS s
+        WHERE s.name IN (
+            'fsync', 'full_page_writes', 'synchronous_commit', 'server_encoding',
+            'standard_conforming_strings', 'TimeZone'
+        )
+    """,
+    "packet": "SELECT WHERE FALSE",
+    # The directory is told to administrators only.
+    "size": """
+        SELECT
+            pg_database_size(current_database()),
+            (SELECT s.setting FROM pg_settings AS s WHERE s.name = 'data_directory')
+    """,
+    "statistics": """
+        SELECT s.relname, s.n_live_tup, s.n_mod_since_analyze
+        FROM pg_stat_user_tables AS s
+        WHERE s.schemaname = current_schema() AND s.relname IN ('sessions', 'events')
+    """,
+    "unused": """
+        SELECT
+            s.indexrelname, pg_relation_size(s.indexrelid),
+            extract(epoch FROM now() - COALESCE(d.stats_reset, pg_postmaster_start_time()))::bigint
+        FROM pg_stat_user_indexes AS s
+        JOIN pg_index AS i ON i.indexrelid = s.indexrelid
+        JOIN pg_stat_database AS d ON d.datname = current_database()
+        WHERE s.schemaname = current_schema()
+            AND s.relname IN ('sessions', 'events')
+            AND s.idx_scan = 0
+            AND NOT i.indisunique
+    """,
+    # Needs the extension, and its columns of PostgreSQL 13. Statements that set passwords stand in
+    # it as they were sent: none but those on data are read.
+    "slow": """
+        SELECT s.query, s.calls, s.mean_exec_time
+        FROM pg_stat_statements AS s JOIN pg_database AS d ON d.oid = s.dbid
+        WHERE d.datname = current_database()
+            AND s.query ~* '^\\s*(select|insert|update|delete|with)\\y.*\\y(sessions|events)\\y'
+        ORDER BY s.mean_exec_time DESC
+        LIMIT 20
+    """,
+    "prepared": """
+        SELECT p.gid, extract(epoch FROM now() - p.prepared)::bigint
+        FROM pg_prepared_xacts AS p
+        WHERE p.database = current_database()
+    """,
+}
+SUPPORTED = (12, 18)
+DURABLE = {
+    "fsync": ("on",),
+    "full_page_writes": ("on",),
+    "synchronous_commit": ("on", "local", "remote_write", "remote_apply"),
+}
+WANTED = {"server_encoding": ("UTF8",), "standard_conforming_strings": ("on",)}
+
 COPY_ROWS = 10
 
 # Any number will do, as long as nobody else takes this one.
@@ -1124,6 +1317,29 @@ class PostgreSQLStore(BaseStore):
             pool_in_use=len(self._in_use),  # the pool also counts connections that it still makes
         )
 
+    def _examine(self) -> doctor.Seen:
+        with self._connect() as connection:
+            start = time.perf_counter()
+            server_now = connection.execute(SELECT_NOW).fetchall()[0][0]
+            latency = time.perf_counter() - start
+            parameters = connection.info.get_parameters()
+            return doctor.Seen(
+                place=self._place,
+                local=is_local(connection.info.hostaddr or connection.info.host),
+                tls=parameters,
+                server=connection.info.parameter_status("server_version") or "0",
+                supported=SUPPORTED,
+                driver=f"psycopg {psycopg.__version__}",
+                implementation=psycopg.pq.__impl__,
+                latency_ms=latency * 1000,
+                clock_ms=server_now - (time.time() - latency / 2) * 1000,
+                version=_read_version(connection),
+                shape=schema.read_shape(self.backend),
+                durable=DURABLE,
+                wanted=WANTED,
+                answers={name: _answer(connection, query) for name, query in CHECKS.items()},
+            )
+
     def _run_statements(self, connection: psycopg.Connection[Any], statements: list[str]) -> None:
         for statement in statements:
             connection.execute(statement)
@@ -1190,6 +1406,16 @@ def _read_version(connection: psycopg.Connection[Any]) -> schema.SchemaVersion |
             "schema_version is a table of another program: use an empty database"
         ) from None
     return schema.SchemaVersion(*row) if row else None
+
+
+def _answer(connection: psycopg.Connection[Any], query: str) -> list[Any] | None:
+    """The rows; None if the server does not give them to this account."""
+    try:
+        return connection.execute(query).fetchall()
+    except psycopg.Error:
+        if connection.broken:
+            raise
+        return None
 
 
 def _place(given: Mapping[str, Any]) -> str:

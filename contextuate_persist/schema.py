@@ -212,6 +212,12 @@ def base_migration(backend: str) -> Migration:
     return Migration(SCHEMA_VERSION, "base schema", backend == "postgresql", steps, None)
 
 
+def read_shape(backend: str) -> frozenset[str]:
+    """What the current schema makes, a line for each column, index and rule, to compare with."""
+    text = schema_file(f"{backend}-shape.txt").read_text(encoding="utf-8")
+    return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))
+
+
 def load_migrations(backend: str) -> list[Migration]:
     """All migrations of a backend, by version."""
     files = schema_file(f"migrations/{backend}").glob("*.sql")

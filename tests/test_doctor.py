@@ -1,0 +1,450 @@
+"""`check`: what it finds on real servers of both kinds, and how it judges what it sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlencode
+
+import psycopg
+import pytest
+
+from contextuate_persist import console, doctor, schema
+from contextuate_persist.cli import main
+from contextuate_persist.config import ENVIRONMENT_URL
+from contextuate_persist.doctor import Finding, Level, Seen
+from contextuate_persist.mysql_store import _beyond_data
+from tests import servers
+from tests.authority import ELSEWHERE, Authority
+from tests.conftest import Database, make_store, new_database
+from tests.shapes import shape
+
+
+def findings(url: str, check: str | None = None) -> list[Finding]:
+    found = make_store(url).check()
+    return [finding for finding in found if check in (None, finding.check)]
+
+
+def only(url: str, check: str) -> Finding:
+    [finding] = findings(url, check)
+    return finding
+
+
+@pytest.fixture
+def modest(database: Database) -> Iterator[Database]:
+    """A database whose application account may make no temporary tables either."""
+    statement = f'REVOKE TEMPORARY ON DATABASE "{database.name}" FROM PUBLIC'
+    if database.backend == "postgresql":
+        database.execute(statement)
+        database.execute("ANALYZE")  # other tests have stored and deleted a lot
+    yield database
+    if database.backend == "postgresql":
+        database.execute(statement.replace("REVOKE", "GRANT").replace("FROM", "TO"))
+
+
+@pytest.fixture
+def altered(empty_database: Database) -> Database:
+    """A database with the schema, to spoil."""
+    empty_database.owner().apply_schema()
+    return empty_database
+
+
+# --- On real servers ------------------------------------------------------------------------------
+
+
+def test_all_is_well_with_a_fresh_schema_and_the_application_account(modest: Database) -> None:
+    found = findings(modest.url)
+    assert [str(finding) for finding in found if finding.level is not Level.OK] == []
+    assert len(found) == 16
+    assert all(finding.advice == "" for finding in found)
+
+
+def test_the_committed_shape_is_that_of_a_fresh_database(database: Database) -> None:
+    committed = schema.schema_file(f"{database.backend}-shape.txt").read_text(encoding="utf-8")
+    assert shape(database) == committed, "run `python -m tests.shapes`"
+
+
+@pytest.mark.parametrize(
+    ("postgresql", "mysql", "level", "message"),
+    [
+        (
+            "DROP INDEX idx_events_timestamp",
+            "DROP INDEX idx_timestamp ON events",
+            Level.WARNING,
+            "_timestamp is missing",
+        ),
+        (
+            "ALTER TABLE token_ledger ALTER model TYPE text",
+            "ALTER TABLE token_ledger MODIFY model VARCHAR(200)",
+            Level.PROBLEM,
+            "column token_ledger.model was changed, from",
+        ),
+        (
+            "ALTER TABLE sessions ALTER is_pinned DROP NOT NULL",
+            "ALTER TABLE sessions MODIFY is_pinned BOOLEAN DEFAULT FALSE",
+            Level.PROBLEM,
+            "column sessions.is_pinned was changed",
+        ),
+        (
+            "ALTER TABLE events DROP exact CASCADE",
+            "ALTER TABLE events DROP exact",
+            Level.PROBLEM,
+            "column events.exact is missing",
+        ),
+        (
+            "ALTER TABLE events DROP CONSTRAINT events_data",
+            "ALTER TABLE events DROP CHECK events_data",
+            Level.PROBLEM,
+            "constraint events.events_data is missing",
+        ),
+        (
+            "ALTER TABLE events ADD CONSTRAINT more CHECK (timestamp > 0)",
+            "ALTER TABLE events ADD CONSTRAINT more CHECK (timestamp > 0)",
+            Level.WARNING,
+            "constraint events.more is not of the schema",
+        ),
+        (
+            "DROP VIEW active_sessions",
+            "DROP VIEW active_sessions",
+            Level.PROBLEM,
+            "column active_sessions.agent_type is missing",
+        ),
+        (
+            "DROP TRIGGER trigger_sessions_updated_at ON sessions",
+            "ALTER TABLE events ENGINE = MyISAM",
+            Level.PROBLEM,
+            "",
+        ),
+    ],
+)
+def test_drift_is_found_and_named(
+    altered: Database, postgresql: str, mysql: str, level: Level, message: str
+) -> None:
+    statement = postgresql if altered.backend == "postgresql" else mysql
+    if "MyISAM" in statement:
+        altered.execute("ALTER TABLE events DROP FOREIGN KEY events_session_id_fkey")
+        statement = "ALTER TABLE events ROW_FORMAT = DYNAMIC"
+    altered.execute(statement)
+    found = findings(altered.url, "drift")
+    assert level in {finding.level for finding in found}
+    assert any(message in finding.message for finding in found)
+    assert all(finding.advice for finding in found)
+
+
+def test_an_index_more_is_nobodys_fault(altered: Database) -> None:
+    altered.execute("CREATE INDEX more ON events (created_at)")
+    assert only(altered.url, "drift").level is Level.OK
+
+
+def test_privileges_beyond_data_are_warned_of(database: Database) -> None:
+    finding = only(database.owner_url, "privileges")
+    assert finding.level is Level.WARNING
+    assert "can do more than it needs" in finding.message
+    assert "setup" in finding.advice
+
+
+@pytest.mark.parametrize("granted", ["TRIGGER", "REFERENCES"])
+def test_each_privilege_beyond_data_is_named(modest: Database, granted: str) -> None:
+    login = f'"{modest.user}"' if modest.backend == "postgresql" else f"'{modest.user}'@'%'"
+    table = "events" if modest.backend == "postgresql" else f"{modest.name}.events"
+    modest.execute(f"GRANT {granted} ON {table} TO {login}")
+    try:
+        finding = only(modest.url, "privileges")
+        assert finding.level is Level.WARNING
+        assert granted in finding.message
+    finally:
+        modest.execute(f"REVOKE {granted} ON {table} FROM {login}")
+
+
+def test_missing_privileges_are_a_problem_and_to_read_only_is_said(modest: Database) -> None:
+    for privileges, level, message in (
+        (["SELECT"], Level.WARNING, "to read only: no DELETE"),
+        (["SELECT", "INSERT", "UPDATE"], Level.WARNING, "DELETE"),
+    ):
+        user = f"less_{modest.name}"[:32]
+        modest.server.create_login(user, "pw", modest.name, privileges=privileges)
+        if modest.backend == "postgresql":
+            for privilege in privileges:
+                modest.execute(f'GRANT {privilege} ON ALL TABLES IN SCHEMA public TO "{user}"')
+        try:
+            finding = only(modest.server.url(modest.name, user, "pw"), "privileges")
+            assert (finding.level, message in finding.message) == (level, True)
+        finally:
+            modest.server.drop_login(user, modest.name)
+
+
+def test_what_keeps_a_store_from_opening_is_a_finding(database: Database) -> None:
+    wrong = database.server.url(database.name, database.user, "wrong")
+    for url in (wrong, f"{database.backend}://127.0.0.1:1/nowhere"):
+        [finding] = findings(url)
+        assert (finding.check, finding.level) == ("connection", Level.PROBLEM)
+        assert finding.message
+    user = f"none_{database.name}"[:32]
+    database.server.create_login(user, "pw", database.name, privileges=[])
+    try:
+        [finding] = findings(database.server.url(database.name, user, "pw"))
+        assert finding.level is Level.PROBLEM
+        assert "denied" in finding.message
+    finally:
+        database.server.drop_login(user, database.name)
+
+
+def test_a_missing_and_a_newer_schema_are_problems(empty_database: Database) -> None:
+    finding = only(empty_database.url, "schema")
+    assert finding.level is Level.PROBLEM
+    assert finding.advice.startswith("run `contextuate-persist init`")
+    empty_database.owner().apply_schema()
+    empty_database.execute("INSERT INTO schema_version (version, name) VALUES (99, 'later')")
+    assert "newer" in only(empty_database.url, "schema").advice
+    assert findings(empty_database.url, "drift") == []
+
+
+def test_settings_that_lose_what_was_acknowledged_are_a_problem(database: Database) -> None:
+    if database.backend == "postgresql":
+        name, undo = "synchronous_commit", f'ALTER ROLE "{database.user}" RESET ALL'
+        database.execute(f'ALTER ROLE "{database.user}" SET synchronous_commit = off')
+    else:
+        name = "innodb_flush_log_at_trx_commit"
+        undo = f"SET GLOBAL {name} = 1"
+        database.execute(f"SET GLOBAL {name} = 2")
+    try:
+        finding = only(database.url, "durability")
+        assert finding.level is Level.PROBLEM
+        assert name in finding.message
+        assert "may be lost" in finding.advice
+    finally:
+        database.execute(undo)
+
+
+@pytest.mark.only("mysql")
+def test_a_server_that_is_not_strict_is_a_problem(database: Database, backend: str) -> None:
+    [(before,)] = database.execute("SELECT @@GLOBAL.sql_mode")
+    database.execute("SET GLOBAL sql_mode = ''")
+    try:
+        assert "global sql_mode is not strict" in only(database.url, "modes").message
+    finally:
+        database.execute(f"SET GLOBAL sql_mode = '{before}'")
+
+
+@pytest.mark.only("mysql")
+def test_forgotten_xa_transactions_are_found(database: Database, backend: str) -> None:
+    with_rows = database.server._connect(database.name)
+    cursor = with_rows.cursor()
+    try:
+        for statement in ("XA START 'lost'", "XA END 'lost'", "XA PREPARE 'lost'"):
+            cursor.execute(statement)
+        finding = only(database.owner_url, "prepared")
+        assert finding.level is Level.PROBLEM
+        assert "lost" in finding.message
+    finally:
+        cursor.execute("XA ROLLBACK 'lost'")
+        with_rows.close()
+
+
+@pytest.mark.only("postgresql")
+def test_prepared_transactions_and_slow_statements_are_found(backend: str) -> None:
+    options = {"max_prepared_transactions": 5, "shared_preload_libraries": "pg_stat_statements"}
+    with servers.postgresql_server(options=options) as server:
+        database = new_database(server)
+        database.owner().apply_schema()
+        with psycopg.connect(database.owner_url) as connection:
+            connection.execute("CREATE EXTENSION pg_stat_statements")
+            connection.execute(f"ALTER ROLE \"{database.user}\" PASSWORD 'topsecret'")
+            connection.commit()
+            connection.tpc_begin("lost")
+            connection.execute("UPDATE sessions SET hidden = TRUE")
+            connection.tpc_prepare()
+            seen = database.owner()._examine()
+            assert seen.answers["prepared"] == [("lost", 0)]
+            connection.tpc_rollback()
+            for _ in range(12):
+                connection.execute("SELECT pg_sleep(0.11) FROM (SELECT count(*) FROM sessions) x")
+            connection.commit()
+        finding = only(database.owner_url, "statements")
+        assert finding.level is Level.WARNING
+        assert "pg_sleep" in finding.message
+        assert "topsecret" not in str(seen)
+
+
+def test_what_tls_gives_is_told(tls_server: servers.Server, authority: Authority) -> None:
+    database = new_database(tls_server)
+    try:
+        database.owner().apply_schema()
+        for parameters, level, message in (
+            ({"sslrootcert": str(authority.file)}, Level.OK, "certificate verified"),
+            (
+                {"sslrootcert": str(authority.file), "sslmode": "verify-ca"},
+                Level.OK,
+                "host name not checked",
+            ),
+            ({"sslmode": "require"}, Level.WARNING, "anybody may pose"),
+        ):
+            place = database.url.replace("127.0.0.1", ELSEWHERE)
+            finding = only(f"{place}?{urlencode(parameters)}", "tls")
+            assert (finding.level, message in finding.message) == (level, True)
+        assert only(database.url, "tls").level is Level.OK
+    finally:
+        database.drop()
+
+
+# --- Judging --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(modest: Database) -> Seen:
+    """What a real server shows, to change one thing of."""
+    return make_store(modest.url)._examine()
+
+
+def judged(seen: Seen, check: str, answer: Any = None, **changes: Any) -> Finding:
+    if answer is not None:
+        changes["answers"] = {**seen.answers, **answer}
+    found = doctor.judge(dataclasses.replace(seen, **changes))
+    [finding] = [finding for finding in found if finding.check == check]
+    return finding
+
+
+OLD = doctor.UNUSED_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("check", "answer", "level", "message"),
+    [
+        ("statistics", {"statistics": [("events", 1, 200_000)]}, Level.WARNING, "events (200,"),
+        ("statistics", {"statistics": [("events", 10**6, 200_000)]}, Level.OK, "as new as"),
+        ("statistics", {"statistics": None}, Level.OK, "not told"),
+        ("indexes", {"unused": [("idx", 2**28, OLD)]}, Level.WARNING, "idx (256 MiB)"),
+        ("indexes", {"unused": [("idx", 2**28, 60)]}, Level.OK, "none"),
+        ("indexes", {"unused": None}, Level.OK, "not told"),
+        ("statements", {"slow": [("SELECT  1\nFROM", 50, 250.0)]}, Level.WARNING, "SELECT 1 FROM"),
+        ("statements", {"slow": [("SELECT 1", 1, 250.0)]}, Level.OK, "none"),
+        ("statements", {"slow": None}, Level.OK, "not told"),
+        ("prepared", {"prepared": [("gid", 3600)]}, Level.PROBLEM, "gid"),
+        ("prepared", {"prepared": [("gid", 1)]}, Level.OK, "no forgotten"),
+        ("prepared", {"prepared": None}, Level.OK, "not told"),
+        ("packet", {"packet": [(4 * 2**20,)]}, Level.WARNING, "payloads over 1 MiB"),
+        ("packet", {"packet": [(2**26,)]}, Level.OK, "enough"),
+        ("packet", {"packet": []}, Level.OK, "no limit"),
+        ("privileges", {"privileges": None}, Level.OK, "not told"),
+        ("privileges", {"privileges": [("missing", "SELECT on events")]}, Level.PROBLEM, "missing"),
+        ("space", {"size": None}, Level.OK, "not told"),
+        ("space", {"size": [(2**20, None)]}, Level.OK, "1 MiB; how much is free"),
+        ("space", {"size": [(2**20, "/nowhere")]}, Level.OK, "does not tell"),
+        ("tls", {"tls": []}, Level.OK, "none, on this machine"),
+    ],
+)  # fmt: skip
+def test_answers_are_judged(
+    seen: Seen, check: str, answer: Any, level: Level, message: str
+) -> None:
+    finding = judged(seen, check, answer)
+    assert (finding.level, message in finding.message) == (level, True), finding
+    assert bool(finding.advice) == (level is not Level.OK)
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "level"),
+    [
+        ("clock", {"clock_ms": 900.0}, Level.OK),
+        ("clock", {"clock_ms": -5_000.0}, Level.WARNING),
+        ("clock", {"clock_ms": 3_600_000.0}, Level.PROBLEM),
+        ("version", {"server": "11.4 (Debian)"}, Level.OK),
+        ("version", {"server": "5.7.44", "supported": (8, 9)}, Level.PROBLEM),
+        ("version", {"server": "19beta1 x", "supported": (12, 18)}, Level.WARNING),
+        ("driver", {"implementation": "python"}, Level.WARNING),
+        ("tls", {"local": False, "tls": {"sslmode": "disable"}}, Level.PROBLEM),
+    ],
+)
+def test_what_was_seen_is_judged(
+    seen: Seen, check: str, changes: dict[str, Any], level: Level
+) -> None:
+    answer = {"tls": []} if check == "tls" else None
+    if check == "version":
+        changes = {"supported": (10, 12), **changes}
+    assert judged(seen, check, answer, **changes).level is level
+
+
+def test_a_disk_that_fills_up_is_warned_of(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, level in (
+        (2**40, Level.OK),
+        (500 * 2**20, Level.WARNING),
+        (2**20, Level.PROBLEM),
+    ):
+        monkeypatch.setattr(doctor, "_free", lambda _, free=free: free)
+        assert judged(seen, "space", {"size": [(2**20, "/data")]}).level is level
+
+
+@pytest.mark.parametrize(
+    ("grants", "expected"),
+    [
+        (
+            ["GRANT USAGE ON *.* TO `a`@`%`"],
+            "missing DELETE,missing INSERT,missing SELECT,missing UPDATE",
+        ),
+        (["GRANT SELECT, INSERT, UPDATE, DELETE ON `d_b`.* TO `a`@`%`"], ""),
+        (["GRANT SELECT, INSERT, UPDATE, DELETE ON `d\\_b`.* TO `a`@`%`"], ""),
+        (["GRANT ALL PRIVILEGES ON `d%`.* TO `a`@`%`"], "excess ALL PRIVILEGES on `d%`.*"),
+        (
+            ["GRANT SELECT, INSERT, UPDATE, DELETE ON `d_b`.* TO `a`@`%` WITH GRANT OPTION"],
+            "excess GRANT OPTION on `d_b`.*",
+        ),
+        (
+            ["GRANT SELECT, INSERT, UPDATE, DELETE ON *.* TO `a`@`%`"],
+            "excess DELETE, INSERT, SELECT, UPDATE on *.*",
+        ),
+        (
+            [
+                "GRANT SELECT, INSERT, UPDATE, DELETE ON `d_b`.* TO `a`@`%`",
+                "GRANT `r`@`%` TO `a`@`%`",
+                "GRANT PROXY ON ``@`` TO `a`@`%`",
+                "GRANT ALTER ON `other`.* TO `a`@`%`",
+                "GRANT SELECT, UPDATE (x) ON `d_b`.`t` TO `a`@`%`",
+            ],
+            "excess ALTER on `other`.*",
+        ),
+    ],
+)  # fmt: skip
+def test_grants_of_mysql_are_read(grants: list[str], expected: str) -> None:
+    rows = _beyond_data([(grant,) for grant in grants], [("9", 0, "d_b")])
+    assert ",".join(" ".join(row) for row in rows) == expected
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def test_the_exit_status_tells(
+    modest: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    altered: Database,
+) -> None:
+    def run(url: str, *options: str) -> tuple[int, str]:
+        monkeypatch.setenv(ENVIRONMENT_URL, url)
+        status = main(["check", *options])
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return status, captured.out
+
+    status, out = run(modest.url)
+    assert status == 0
+    assert all(line.startswith("ok ") for line in out.splitlines())
+    assert run(modest.owner_url)[0] == 3
+    status, out = run(modest.owner_url, "--json")
+    assert status == 3
+    records = [json.loads(line) for line in out.splitlines()]
+    assert all(set(record) == {"check", "level", "message", "advice"} for record in records)
+    assert {record["level"] for record in records} == {"ok", "warning"}
+    altered.execute("DROP VIEW active_sessions")
+    assert run(altered.url)[0] == 1
+    assert run(f"{modest.backend}://127.0.0.1:1/nowhere")[0] == 1
+
+
+def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert console.paint("x", "red") == "x"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert console.paint("x", "red") == "\x1b[31mx\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.paint("x", "red") == "x"
