@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
-from contextuate_persist import __version__
+from contextuate_persist import __version__, tls
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.console import tell
 from contextuate_persist.errors import InvalidRecord
@@ -18,6 +18,12 @@ from contextuate_persist.model import Cursor, SessionStatus, shown
 from contextuate_persist.transfer import parse_json
 
 PROGRAM = "contextuate-persist"
+#: What `setup` sets up, in the words of contextuate's own script and a few more.
+TARGETS = tuple(
+    f"{docker}{name}"
+    for docker in ("", "docker-")
+    for name in ("mysql", "postgresql", "postgres", "both")
+)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -132,6 +138,14 @@ def make_parser() -> argparse.ArgumentParser:
         "look for what is wrong with a database: schema, privileges, TLS, settings, condition",
         epilog="Exit status: 0 if all is well, 3 with warnings, 1 with a problem.",
     )
+    _add_setup(
+        command(
+            "setup",
+            "make the database, its schema and its accounts, as the server's administrator",
+            epilog=_SETUP_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     _add_spool(command("spool", "what waits on this machine for the database: see it, store it"))
     _add_dead(command("dead", "what was set aside since no database takes it: see it, try again"))
     _add_hook(command("hook", "have Claude Code tell what it does: a command in its settings"))
@@ -227,6 +241,55 @@ def _add_hook(parser: argparse.ArgumentParser) -> None:
         help="run this instead of the command that is part of this installation",
     )
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+
+
+_SETUP_EPILOG = """\
+The server is that of MYSQL_HOST, MYSQL_PORT and MYSQL_USER, else of MySQL's option files; of
+PG_HOST, PG_PORT and PG_USER, else of libpq's PGHOST, PGPORT and PGUSER; or of --url. The
+administrator's password comes from there (MYSQL_PWD, PGPASSWORD, ~/.pgpass), or is asked for on a
+terminal.
+
+Setting up again changes nothing that is there. After --rotate the old passwords stay valid until
+--discard-old, or until the next --rotate: MySQL's accounts have two passwords then; in PostgreSQL
+the roles NAME and NAME_2 take turns, so the application's URL changes its user, too."""
+
+
+def _add_setup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        choices=TARGETS,
+        metavar="TARGET",
+        help="mysql, postgresql (or postgres), both; docker-mysql, docker-postgresql "
+        "(docker-postgres), docker-both start a server in Docker first",
+    )
+    parser.add_argument("--environment", metavar="NAME", help="names that end in _NAME, for each")
+    parser.add_argument("--database", metavar="NAME", help="(contextuate_monitor)")
+    parser.add_argument("--owner", metavar="NAME", help="role that owns it (contextuate_owner)")
+    parser.add_argument("--user", metavar="NAME", help="account to read and write (monitor_user)")
+    parser.add_argument("--reader", metavar="NAME", help="account to read (monitor_reader)")
+    parser.add_argument(
+        "--passwords",
+        metavar="FILE",
+        type=Path,
+        help="append new passwords to this file, which only you can read, and show none",
+    )
+    parser.add_argument(
+        "--sample", action=argparse.BooleanOptionalAction, help="load sample data, or do not ask"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--rotate", action="store_true", help="give the accounts new passwords")
+    what.add_argument(
+        "--discard-old", action="store_true", help="end the passwords before the last --rotate"
+    )
+    what.add_argument(
+        "--reset", action="store_true", help="drop the database first; its name must be typed"
+    )
+    parser.add_argument(
+        "--tls-mode", metavar="MODE", choices=tls.MODES, help=f"one of {', '.join(tls.MODES)}"
+    )
+    parser.add_argument("--tls-ca", metavar="FILE", help="authority of the server's certificate")
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate of the client")
+    parser.add_argument("--tls-key", metavar="FILE", help="its key")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:

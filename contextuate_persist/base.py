@@ -10,7 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from functools import partial
 from types import TracebackType
@@ -44,6 +44,7 @@ from contextuate_persist.records import CheckedEvent, EventRow, Seed
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from contextuate_persist.accounts import Administrator, Names
     from contextuate_persist.protocol import SessionFields
     from contextuate_persist.schema import Migration, SchemaSession
 
@@ -89,6 +90,10 @@ class StartOver(Exception):
 
 class Oversized(Exception):
     """Undo a chunk: it has more bytes than a transaction should, and must be cut."""
+
+
+class _Undo(Exception):
+    """Undo a transaction that has shown what it was to show."""
 
 
 def is_newer(row: Event, deleted: Mapping[str, int]) -> bool:
@@ -826,6 +831,28 @@ class BaseStore(ABC):
         statements = schema.split_script(script, self.backend)
         self._run(lambda connection: self._run_statements(connection, statements), transaction=True)
 
+    # --- Accounts: an administrator's, by explicit command ----------------------------------------
+
+    def administer(self, names: Names) -> AbstractContextManager[Administrator]:
+        """Act as the server's administrator, whose URL this store was made with."""
+        return self._administration(names)
+
+    def try_writing(self) -> None:
+        """Save a session and undo that; raises what a save raises."""
+        session = SessionMeta(
+            session_id="contextuate-persist",
+            machine_id="contextuate-persist",
+            working_directory="/",
+            start_time=time.time_ns() // 1_000_000,
+        )
+
+        def write(connection: Any) -> None:
+            self._upsert_sessions(connection, [], [records.session_parameters(session)])
+            raise _Undo
+
+        with suppress(_Undo):
+            self._run(write, transaction=True)
+
     # --- Running ----------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
@@ -1021,6 +1048,10 @@ class BaseStore(ABC):
     @abstractmethod
     def _schema_session(self, timeout: float) -> AbstractContextManager[SchemaSession]:
         """A connection of its own that holds the schema lock; raises StoreUnavailable."""
+
+    @abstractmethod
+    def _administration(self, names: Names) -> AbstractContextManager[Administrator]:
+        """A connection of its own that makes databases and roles; raises StoreRefused."""
 
     @abstractmethod
     def _examine(self) -> Seen:

@@ -260,6 +260,14 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if Level.PROBLEM in levels else 3 if Level.WARNING in levels else 0
 
 
+def _setup(args: argparse.Namespace) -> int:
+    # Who uses the library daily never needs it.
+    from contextuate_persist import setup  # noqa: PLC0415
+
+    _warn_of_password(args)
+    return setup.run(args)
+
+
 def _bench(args: argparse.Namespace) -> int:
     # It imports what no other command needs.
     from contextuate_persist.bench.run import run  # noqa: PLC0415
@@ -305,6 +313,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "watch": _watch,
     "status": _status,
     "check": _check,
+    "setup": _setup,
     "spool": _spool,
     "dead": _dead,
     "hook": hook_command.run,

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain
 from typing import Any, ClassVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 import mysql.connector
 from mysql.connector.errors import Error as MySQLError
 from mysql.connector.optionfiles import MySQLOptionsParser
 
 from contextuate_persist import base, doctor, payload, records, schema, tls, trees
+from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local
 from contextuate_persist.errors import (
@@ -806,6 +807,55 @@ DURABLE = {
 }
 WANTED = {"time_zone": ("+00:00",), "sql_mode": ("strict",), "global sql_mode": ("strict",)}
 
+# --- Accounts -------------------------------------------------------------------------------------
+
+# Names of databases and accounts cannot be parameters: they are put in quoted. Passwords the server
+# hides in its logs by itself. Every account may come from everywhere: who may reach the server at
+# all is the network's to say.
+
+SELECT_DATABASE = """
+SELECT 1
+FROM information_schema.schemata AS s
+WHERE BINARY s.schema_name = BINARY %(name)s
+"""
+
+SELECT_ROLE = "SELECT 1 FROM mysql.user AS u WHERE u.user = %(name)s AND u.host = '%'"
+
+# With it on, _ and % in the database's name of a grant mean themselves.
+SELECT_PARTIAL_REVOKES = "SELECT @@GLOBAL.partial_revokes"
+
+CREATE_DATABASE = "CREATE DATABASE {database} CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
+
+DROP_DATABASE = "DROP DATABASE {database}"
+
+CREATE_OWNER = "CREATE ROLE {owner}"
+
+CREATE_LOGIN = "CREATE USER {login} IDENTIFIED BY {password}"
+
+SET_PASSWORD = "ALTER USER {login} IDENTIFIED BY {password} RETAIN CURRENT PASSWORD"  # noqa: S105
+
+SELECT_DOUBLE_LOGIN = """
+SELECT 1
+FROM mysql.user AS u
+WHERE u.user = %(name)s
+    AND u.host = '%'
+    AND JSON_EXTRACT(u.user_attributes, '$.additional_password') IS NOT NULL
+"""
+
+DISCARD_OLD_PASSWORD = "ALTER USER {login} DISCARD OLD PASSWORD"  # noqa: S105
+
+GRANT_ACCESS = (
+    "GRANT ALL PRIVILEGES ON {pattern}.* TO {owner}",
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON {pattern}.* TO {application}",
+    "GRANT SELECT ON {pattern}.* TO {reader}",
+)
+
+SHOW_ACCESS = (
+    "SHOW GRANTS FOR {owner}",
+    "SHOW GRANTS FOR {application}",
+    "SHOW GRANTS FOR {reader}",
+)
+
 
 class MySQLStore(BaseStore):
     """A store in MySQL 8.0.17 or newer; implements PersistenceStore."""
@@ -824,6 +874,7 @@ class MySQLStore(BaseStore):
         """
         super().__init__(**options)
         check_quoting(url)
+        self._url = url
         self._arguments, self._tls, self._place = parse_url(url)
         # The driver itself goes on in plain text where a server, or a liar, offers no TLS.
         self._encrypted = self._tls["sslmode"] not in ("disable", "prefer")
@@ -1205,6 +1256,20 @@ class MySQLStore(BaseStore):
         finally:
             _close_quietly(connection)
 
+    @contextlib.contextmanager
+    def _administration(self, names: Names) -> Iterator[MySQLAdministrator]:
+        def opened() -> MySQLStore:
+            path = "/" + quote(names.database, safe="")
+            return MySQLStore(urlunsplit(urlsplit(self._url)._replace(path=path)))
+
+        connection = self._connect()
+        try:
+            yield MySQLAdministrator(connection, names, self._place, opened)
+        except (MySQLError, MySQLInterfaceError) as error:
+            raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+        finally:
+            _close_quietly(connection)
+
 
 class MySQLSchema:
     """The catalogue of a database, under the schema lock; implements SchemaSession."""
@@ -1236,6 +1301,97 @@ class MySQLSchema:
 
     def transaction(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
+
+
+class MySQLAdministrator:
+    """The roles and the database of some names; implements Administrator."""
+
+    def __init__(
+        self, connection: Any, names: Names, place: str, opened: Callable[[], MySQLStore]
+    ) -> None:
+        self.names = names
+        self.place = place
+        self._connection = connection
+        self._opened = opened  # a store of the same server
+        pattern = names.database
+        if not _execute(connection, SELECT_PARTIAL_REVOKES)[0][0]:
+            pattern = re.sub("([_%])", r"\\\1", pattern)
+        self._identifiers = {
+            "database": _identifier(names.database),
+            "pattern": _identifier(pattern),
+            "owner": _account(names.owner),
+            "application": _account(names.application),
+            "reader": _account(names.reader),
+        }
+
+    def check_names(self) -> None:
+        self.names.check(longest_database=64, longest_account=32)
+        if "\\" in self.names.database:
+            raise ConfigurationError("the database's name: no backslash can stand in a grant")
+
+    def has_database(self) -> bool:
+        return self._found(SELECT_DATABASE, self.names.database)
+
+    def check_owner(self) -> None:
+        """Nothing to check: MySQL's databases belong to nobody."""
+
+    def create_database(self) -> None:
+        self._run(CREATE_DATABASE)
+
+    def drop_database(self) -> None:
+        self._run(DROP_DATABASE)
+
+    def has_role(self, name: str) -> bool:
+        return self._found(SELECT_ROLE, name)
+
+    def create_owner(self) -> None:
+        self._run(CREATE_OWNER)
+
+    def create_login(self, name: str, password: str) -> None:
+        self._run(CREATE_LOGIN, login=_account(name), password=literal(password).decode())
+
+    def login_of(self, name: str) -> str:
+        return name
+
+    def next_login_of(self, name: str) -> str:
+        return name
+
+    def rotate(self, name: str, password: str) -> None:
+        self._run(SET_PASSWORD, login=_account(name), password=literal(password).decode())
+
+    def discard_old(self, name: str) -> bool:
+        if not self._found(SELECT_DOUBLE_LOGIN, name):
+            return False
+        self._run(DISCARD_OLD_PASSWORD, login=_account(name))
+        return True
+
+    def grant(self) -> bool:
+        before = self._access()
+        for statement in GRANT_ACCESS:
+            self._run(statement)
+        return before != self._access()
+
+    def owner_store(self) -> MySQLStore:
+        # MySQL's tables belong to nobody: the administrator has every privilege that the owner has.
+        return self._opened()
+
+    def _access(self) -> list[Any]:
+        shown = [statement.format(**self._identifiers) for statement in SHOW_ACCESS]
+        return [_unprepared(self._connection, statement) for statement in shown]
+
+    def _found(self, query: str, name: str) -> bool:
+        return bool(_execute(self._connection, query, {"name": name}))
+
+    def _run(self, statement: str, **more: str) -> None:
+        self._connection.cmd_query(statement.format(**self._identifiers, **more).encode())
+
+
+def _identifier(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _account(name: str) -> str:
+    return f"{literal(name).decode()}@'%'"
 
 
 # --- Statements and values ------------------------------------------------------------------------
@@ -1312,6 +1468,20 @@ def _execute(
 
 _JSON_TYPE = 245  # of the protocol's column types
 _BINARY = 63  # of the server's character sets
+
+
+def _unprepared(connection: Any, statement: str) -> list[tuple[str, ...]]:
+    """The rows, as texts, of a statement that cannot be prepared, or whose % would be misread."""
+    connection.cmd_query(statement.encode())
+    return [
+        tuple(
+            bytes(value).decode(errors="replace")
+            if isinstance(value, bytes | bytearray)
+            else str(value)
+            for value in row
+        )
+        for row in connection.get_rows()[0]
+    ]
 
 
 def _execute_write(connection: Any, statement: str, parameters: Mapping[str, Any]) -> int:
@@ -1621,21 +1791,12 @@ def _answer(connection: Any, query: str) -> list[Any] | None:
         if query == SHOW_GRANTS:
             return _beyond_data(_execute(connection, query), _execute(connection, SELECT_SERVER))
         if query.startswith("XA"):  # cannot be prepared
-            connection.cmd_query(query.encode())
-            return [(_text(row[3]), None) for row in connection.get_rows()[0]]
+            return [(row[3], None) for row in _unprepared(connection, query)]
         return _execute(connection, query)
     except (MySQLError, MySQLInterfaceError):
         if not connection.is_connected():
             raise
         return None
-
-
-def _text(value: Any) -> str:
-    return (
-        bytes(value).decode(errors="replace")
-        if isinstance(value, bytes | bytearray)
-        else str(value)
-    )
 
 
 def _beyond_data(grants: Iterable[tuple[str]], server: list[Any]) -> list[tuple[str, str]]:
@@ -1715,13 +1876,32 @@ def _login_of_file(path: str) -> dict[str, str]:
     The driver would take all else from there, too, and evaluate it: before 9.2 as Python, so that a
     user `__import__("os")...` runs, and since then as a literal, so that the user 007 is a number.
     """
+    group = _client_group(path)
+    return {name: _option(group[name]) for name in ("user", "password") if group.get(name)}
+
+
+def _client_group(path: str) -> dict[str, str]:
     try:
-        group = MySQLOptionsParser([path]).get_groups("client")
+        group: dict[str, str] = MySQLOptionsParser([path]).get_groups("client")
     except ValueError as error:
         raise ConfigurationError(f"option-file: {error}") from None
     except configparser.Error:  # whose words quote the file, which may hold a password
         raise ConfigurationError(f"option-file: {path} is no option file of MySQL") from None
-    return {name: _option(group[name]) for name in ("user", "password") if group.get(name)}
+    return group
+
+
+#: Where MySQL's own programs look, in their order.
+OPTION_FILES = ("/etc/my.cnf", "/etc/mysql/my.cnf", "~/.my.cnf")
+
+
+def read_option_files() -> dict[str, str]:
+    """The [client] group of the option files that every MySQL client reads; the last one wins."""
+    options: dict[str, str] = {}
+    for file in map(os.path.expanduser, OPTION_FILES):
+        if os.access(file, os.R_OK):
+            group = _client_group(file)
+            options |= {name.replace("_", "-"): _option(text) for name, text in group.items()}
+    return options
 
 
 def _option(text: str) -> str:

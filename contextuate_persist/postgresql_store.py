@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import psycopg
 import psycopg_pool
 from psycopg import errors as pg
+from psycopg import sql
 from psycopg.abc import RV, Buffer, PQGen
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
 from contextuate_persist import base, doctor, model, payload, records, schema, tls, trees
+from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local
 from contextuate_persist.errors import (
@@ -29,6 +33,9 @@ from contextuate_persist.errors import (
 )
 from contextuate_persist.model import Health, MessageUsage
 from contextuate_persist.records import EventRow, Seed
+
+if TYPE_CHECKING:
+    from typing_extensions import LiteralString
 
 # --- Events ---------------------------------------------------------------------------------------
 
@@ -813,6 +820,89 @@ DURABLE = {
 }
 WANTED = {"server_encoding": ("UTF8",), "standard_conforming_strings": ("on",)}
 
+# --- Accounts -------------------------------------------------------------------------------------
+
+# Names of databases and roles cannot be parameters: they are put in as quoted identifiers, and
+# passwords as what the server stores of them, so that no log of it ever holds one.
+
+SELECT_DATABASE = "SELECT FROM pg_database WHERE datname = %(name)s"
+
+SELECT_OWNER = "SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %(name)s"
+
+SELECT_ROLE = "SELECT FROM pg_roles WHERE rolname = %(name)s"
+
+SELECT_SUPERUSER = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user"
+
+# When the password of a login was set, as its comment says, and whether it may log in.
+SELECT_LOGINS = """
+SELECT r.rolname, COALESCE(shobj_description(r.oid, 'pg_authid'), ''), r.rolcanlogin
+FROM pg_roles AS r
+WHERE r.rolname = ANY(%(names)s::text[])
+"""
+
+CREATE_DATABASE = "CREATE DATABASE {database} OWNER {owner} TEMPLATE template0 ENCODING 'UTF8'"
+
+DROP_DATABASE = "DROP DATABASE {database}"
+
+CREATE_OWNER = "CREATE ROLE {owner} NOLOGIN"
+
+# An administrator who is no superuser acts for the owner as its member.
+JOIN_OWNER = "GRANT {owner} TO CURRENT_USER"
+
+CREATE_LOGIN = "CREATE ROLE {login} LOGIN PASSWORD {password}"
+
+SET_PASSWORD = "ALTER ROLE {login} LOGIN PASSWORD {password}"  # noqa: S105
+
+END_LOGIN = "ALTER ROLE {login} NOLOGIN PASSWORD NULL"
+
+COMMENT_ON_LOGIN = "COMMENT ON ROLE {login} IS {text}"
+
+# The other login of an account has its privileges as a member.
+JOIN_ACCOUNT = "GRANT {account} TO {login}"
+
+# Before PostgreSQL 15 everybody may create in the schema public, and its owner is not the
+# database's.
+CLOSED_SINCE = 150000
+CLOSE_SCHEMA = (
+    "GRANT USAGE, CREATE ON SCHEMA public TO {owner}",
+    "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+)
+
+# As the owner, who may grant nothing on what extensions have in the same schema. Tables of later
+# migrations are open to the accounts by themselves.
+GRANT_ACCESS = (
+    "REVOKE ALL ON DATABASE {database} FROM PUBLIC",
+    "GRANT CONNECT ON DATABASE {database} TO {application}, {reader}",
+    "GRANT USAGE ON SCHEMA public TO {application}, {reader}",
+    """
+    GRANT SELECT, INSERT, UPDATE, DELETE
+        ON schema_version, sessions, events, deleted_sessions, token_ledger TO {application}
+    """,
+    "GRANT SELECT ON active_sessions, session_hierarchy TO {application}, {reader}",
+    """
+    GRANT SELECT
+        ON schema_version, sessions, events, deleted_sessions, token_ledger TO {reader}
+    """,
+    """
+    ALTER DEFAULT PRIVILEGES IN SCHEMA public
+        GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {application}
+    """,
+    "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {reader}",
+)
+
+SELECT_ACCESS = """
+SELECT d.datacl::text FROM pg_database AS d WHERE d.datname = current_database()
+UNION ALL
+SELECT n.nspacl::text FROM pg_namespace AS n WHERE n.nspname = 'public'
+UNION ALL
+SELECT c.relname || c.relacl::text
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE n.nspname = 'public' AND c.relkind IN ('r', 'p', 'v')
+UNION ALL
+SELECT a.defaclobjtype::text || a.defaclacl::text FROM pg_default_acl AS a
+ORDER BY 1
+"""
+
 COPY_ROWS = 10
 
 # Any number will do, as long as nobody else takes this one.
@@ -1363,6 +1453,21 @@ class PostgreSQLStore(BaseStore):
             except psycopg.Error as error:
                 raise self._error(self._fault(error) or Fault.REFUSED, error) from error
 
+    @contextmanager
+    def _administration(self, names: Names) -> Iterator[PostgreSQLAdministrator]:
+        def opened(role: str) -> PostgreSQLStore:
+            # What libpq hands on word by word: spaces and backslashes would end a word.
+            quoted = re.sub(r"([\\ ])", r"\\\1", role)
+            options = {"options": f"-c role={quoted}"} if role else {}
+            conninfo = make_conninfo(self._conninfo, dbname=names.database, **options)
+            return PostgreSQLStore(conninfo)
+
+        with self._connect() as connection:
+            try:
+                yield PostgreSQLAdministrator(connection, names, self._place, opened)
+            except psycopg.Error as error:
+                raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+
 
 class PostgreSQLSchema:
     """The catalogue of a database, under the schema lock; implements SchemaSession."""
@@ -1394,6 +1499,119 @@ class PostgreSQLSchema:
 
     def transaction(self) -> AbstractContextManager[object]:
         return self._connection.transaction()
+
+
+class PostgreSQLAdministrator:
+    """The roles and the database of some names; implements Administrator."""
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        names: Names,
+        place: str,
+        opened: Callable[[str], PostgreSQLStore],
+    ) -> None:
+        self.names = names
+        self.place = place
+        self._connection = connection
+        self._opened = opened  # a store of the same server, for a role
+        self._identifiers = {
+            "database": sql.Identifier(names.database),
+            "owner": sql.Identifier(names.owner),
+            "application": sql.Identifier(names.application),
+            "reader": sql.Identifier(names.reader),
+        }
+
+    def check_names(self) -> None:
+        # Of 63 bytes two are left for the other login of an account.
+        self.names.check(longest_database=63, longest_account=61)
+
+    def has_database(self) -> bool:
+        return self._found(SELECT_DATABASE, self.names.database)
+
+    def check_owner(self) -> None:
+        query = {"name": self.names.database}
+        [(owner,)] = self._connection.execute(SELECT_OWNER, query).fetchall()
+        if owner != self.names.owner:
+            raise ConfigurationError(
+                f"database {self.names.database} belongs to {owner}, not to {self.names.owner}: "
+                "name that with --owner, or let ALTER DATABASE change it"
+            )
+
+    def create_database(self) -> None:
+        self._run(CREATE_DATABASE)
+
+    def drop_database(self) -> None:
+        self._run(DROP_DATABASE)
+
+    def has_role(self, name: str) -> bool:
+        return self._found(SELECT_ROLE, name)
+
+    def create_owner(self) -> None:
+        self._run(CREATE_OWNER)
+        if not self._connection.execute(SELECT_SUPERUSER).fetchall()[0][0]:
+            self._run(JOIN_OWNER)
+
+    def create_login(self, name: str, password: str) -> None:
+        self._set_password(CREATE_LOGIN, name, password)
+
+    def login_of(self, name: str) -> str:
+        return max(self._logins(name), default=("", name))[1]
+
+    def next_login_of(self, name: str) -> str:
+        # A role has one password only: two roles take turns, and the one in use is left alone.
+        return f"{name}_2" if self.login_of(name) == name else name
+
+    def rotate(self, name: str, password: str) -> None:
+        chosen = self.next_login_of(name)
+        if self.has_role(chosen):
+            self._set_password(SET_PASSWORD, chosen, password)
+        else:
+            self.create_login(chosen, password)
+            account, login = sql.Identifier(name), sql.Identifier(chosen)
+            self._run(JOIN_ACCOUNT, account=account, login=login)
+
+    def discard_old(self, name: str) -> bool:
+        *old, _ = sorted(self._logins(name))
+        valid = [login for _, login, may_log_in in old if may_log_in]
+        for login in valid:
+            self._run(END_LOGIN, login=sql.Identifier(login))
+        return bool(valid)
+
+    def grant(self) -> bool:
+        with self._opened("")._connect() as connection:  # noqa: SLF001  (a store's other half)
+            before = connection.execute(SELECT_ACCESS).fetchall()
+            if connection.info.server_version < CLOSED_SINCE:
+                for statement in CLOSE_SCHEMA:
+                    connection.execute(sql.SQL(statement).format(**self._identifiers))
+            connection.execute(sql.SQL("SET ROLE {owner}").format(**self._identifiers))
+            with connection.transaction():
+                for statement in GRANT_ACCESS:
+                    connection.execute(sql.SQL(statement).format(**self._identifiers))
+            return bool(before != connection.execute(SELECT_ACCESS).fetchall())
+
+    def owner_store(self) -> PostgreSQLStore:
+        return self._opened(self.names.owner)
+
+    def _found(self, query: LiteralString, name: str) -> bool:
+        return self._connection.execute(query, {"name": name}).fetchone() is not None
+
+    def _run(self, statement: LiteralString, **more: sql.Composable) -> None:
+        self._connection.execute(sql.SQL(statement).format(**self._identifiers, **more))
+
+    def _set_password(self, statement: LiteralString, name: str, password: str) -> None:
+        pgconn = self._connection.pgconn
+        secret = pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256")
+        login = sql.Identifier(name)
+        self._run(statement, login=login, password=sql.Literal(secret.decode()))
+        text = f"password of {datetime.now(timezone.utc).isoformat(timespec='microseconds')}"
+        self._run(COMMENT_ON_LOGIN, login=login, text=sql.Literal(text))
+
+    def _logins(self, name: str) -> list[tuple[str, str, bool]]:
+        """The roles that log in for an account, by when their password was set."""
+        query = {"names": [name, f"{name}_2"]}
+        rows = self._connection.execute(SELECT_LOGINS, query).fetchall()
+        return [(since, login, may_log_in) for login, since, may_log_in in rows]
 
 
 def _read_version(connection: psycopg.Connection[Any]) -> schema.SchemaVersion | None:

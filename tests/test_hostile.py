@@ -309,10 +309,19 @@ def commands() -> dict[str, list[argparse.Action]]:
 
 
 def test_every_option_of_every_command_takes_hostile_text_or_refuses_it_in_one_line(
-    run: Run, store: BaseStore
+    run: Run, store: BaseStore, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save_session(session())
-    required = {"events": ["s"], "import": ["/dev/null"], "hook": ["show"]}
+    required = {
+        "events": ["s"],
+        "import": ["/dev/null"],
+        "hook": ["show"],
+        "setup": [backend],
+        "spool": ["status"],
+        "dead": ["list"],
+    }
+    for variable in ("PG_PORT", "MYSQL_PORT"):
+        monkeypatch.setenv(variable, "1")  # where no server is
     for command, actions in commands().items():
         for action, text in itertools.product(actions, ARGUMENTS):
             if action.option_strings:

@@ -1,0 +1,120 @@
+"""Servers in Docker: start one, wait until it answers, say how to stop, remove and enter it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from contextuate_persist.errors import ConfigurationError, StoreUnavailable
+
+_COMMAND_SECONDS = 60
+_PULL_SECONDS = 1800
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """A server's image, and the container that is made of it."""
+
+    tag: str  # pinned: next year's run starts the same server
+    container: str
+    port: int
+    user: str
+    password_variable: str
+    data: str  # where in the container its volume lies
+    client: str
+
+
+IMAGES = {
+    "mysql": Image(
+        tag="mysql:9.7.0",
+        container="contextuate-mysql",
+        port=3306,
+        user="root",
+        password_variable="MYSQL_ROOT_PASSWORD",  # noqa: S106  (a name, not a password)
+        data="/var/lib/mysql",
+        client="sh -c 'MYSQL_PWD=\"$MYSQL_ROOT_PASSWORD\" mysql -u root'",
+    ),
+    "postgresql": Image(
+        tag="postgres:17.10",
+        container="contextuate-postgres",
+        port=5432,
+        user="postgres",
+        password_variable="POSTGRES_PASSWORD",  # noqa: S106  (a name, not a password)
+        data="/var/lib/postgresql/data",
+        client="psql -U postgres",
+    ),
+}
+
+
+def require_docker() -> None:
+    """Raise ConfigurationError, with the way out, where no Docker runs."""
+    way_out = "or use `contextuate-persist setup mysql` or `postgresql` for a server that is there"
+    if shutil.which("docker") is None:
+        raise ConfigurationError(f"docker is not installed: install it, {way_out}")
+    try:
+        _docker(["version", "--format", "{{.Server.Version}}"])
+    except StoreUnavailable as error:
+        raise ConfigurationError(f"docker does not run ({error}): start it, {way_out}") from None
+
+
+def start(image: Image, port: int) -> bool:
+    """Start the container, on this machine's loopback only; False if it ran already."""
+    listed = ["ps", "--all", "--filter", f"name=^{image.container}$", "--format", "{{.State}}"]
+    state = _docker(listed)
+    if state == "running":
+        return False
+    if state:
+        _docker(["start", image.container])
+        return True
+    # By the environment: whatever stands on a command line everybody on the machine can read.
+    variable = image.password_variable
+    _docker(
+        [
+            "run", "--detach", "--name", image.container,
+            "--publish", f"127.0.0.1:{port}:{image.port}",
+            "--volume", f"{image.container}:{image.data}",
+            "--env", variable, image.tag,
+        ],
+        seconds=_PULL_SECONDS,
+        **{variable: secrets.token_urlsafe(24)},
+    )  # fmt: skip
+    return True
+
+
+def administrator_password(image: Image) -> str:
+    """The password that the container was made with; it is kept nowhere else."""
+    return _docker(["exec", image.container, "printenv", image.password_variable])
+
+
+def hints(image: Image) -> dict[str, str]:
+    """What people want to do with a container next, and the commands for it."""
+    return {
+        "stop": f"docker stop {image.container}",
+        "remove": f"docker rm --force {image.container}   (its data stays)",
+        "remove the data": f"docker volume rm {image.container}",
+        "shell": f"docker exec --interactive --tty {image.container} {image.client}",
+    }
+
+
+def _docker(arguments: Sequence[str], seconds: int = _COMMAND_SECONDS, **environment: str) -> str:
+    try:
+        done = subprocess.run(
+            ["docker", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+            env={**os.environ, **environment},
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StoreUnavailable(f"docker {arguments[0]}: {error}") from None
+    if done.returncode:
+        reason = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise StoreUnavailable(f"docker {arguments[0]}: {reason}")
+    return done.stdout.strip()
