@@ -63,7 +63,7 @@ def _has_password(url: str) -> bool:
 
 @contextmanager
 def _owned_store(args: argparse.Namespace) -> Iterator[BaseStore]:
-    """A store that is not opened, to change its schema or to see what keeps it from opening."""
+    """A store that is not opened, to change its schema."""
     from contextuate_persist.embedded import EmbeddedPostgreSQL, EmbeddedStore  # noqa: PLC0415
 
     store = _store(args)
@@ -245,8 +245,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    with _owned_store(args) as store:
-        findings = store.check()
+    findings = _store(args).check()
     if args.json:
         show_json(dataclasses.asdict(finding) for finding in findings)
     else:

@@ -70,7 +70,7 @@ class Seen:
     version: schema.SchemaVersion | None
     shape: frozenset[str]  # what the schema file makes
     durable: Mapping[str, Sequence[str]]  # settings without which an acknowledged row may be lost
-    wanted: Mapping[str, Sequence[str]]
+    wanted: Mapping[str, Sequence[str]]  # others that have to be so, or without a value are told
     answers: Mapping[str, Rows | None]
 
 
@@ -222,7 +222,9 @@ def _privileges(seen: Seen) -> Iterator[Finding]:
 def _settings(check: str, seen: Seen, expected: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     found = {str(row[0]): str(row[1]) for row in seen.answers["settings"] or []}
     wrong = {
-        name: found[name] for name, good in expected.items() if found.get(name, good[0]) not in good
+        name: found[name]
+        for name, good in expected.items()
+        if good and found.get(name, good[0]) not in good
     }
     for name, value in wrong.items():
         advice = f"set it to {expected[name][0]}"

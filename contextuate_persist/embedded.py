@@ -30,7 +30,13 @@ from urllib.parse import quote
 
 import psycopg
 
-from contextuate_persist.errors import ConfigurationError, StoreUnavailable
+from contextuate_persist.doctor import Finding, Level
+from contextuate_persist.errors import (
+    ConfigurationError,
+    PersistenceError,
+    SchemaError,
+    StoreUnavailable,
+)
 from contextuate_persist.postgresql_store import PostgreSQLStore
 
 DATABASE = "contextuate_monitor"
@@ -630,6 +636,18 @@ class EmbeddedStore(PostgreSQLStore):
         """Take the server's directory, by default the account's own; see EmbeddedPostgreSQL."""
         self._server = EmbeddedPostgreSQL(directory)
         super().__init__(self._server.url, **options)
+
+    def check(self) -> list[Finding]:
+        # A user of its own, since the store may be open, or not.
+        try:
+            with EmbeddedPostgreSQL(self._server.directory):
+                with contextlib.suppress(SchemaError):  # which the check finds, too
+                    self.apply_schema()
+                found = super().check()
+        except PersistenceError as error:
+            return [Finding("connection", Level.PROBLEM, str(error))]
+        own = Finding("privileges", Level.OK, "those of the owner, whose own the server is")
+        return [own if finding.check == "privileges" else finding for finding in found]
 
     def _open(self) -> None:
         self._server.start()

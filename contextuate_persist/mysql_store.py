@@ -729,12 +729,7 @@ SHOW_GRANTS = "SHOW GRANTS"
 
 # By name; each may be refused to an account, which is then said and no fault.
 CHECKS = {
-    "tls": """
-        SELECT MAX(IF(s.variable_name = 'Ssl_version', s.variable_value, '')),
-            MAX(IF(s.variable_name = 'Ssl_cipher', s.variable_value, ''))
-        FROM performance_schema.session_status AS s
-        WHERE s.variable_name IN ('Ssl_version', 'Ssl_cipher')
-    """,
+    "tls": "SHOW SESSION STATUS WHERE variable_name IN ('Ssl_version', 'Ssl_cipher')",
     "shape": SELECT_SHAPE,
     "privileges": SHOW_GRANTS,
     "settings": """
@@ -816,7 +811,7 @@ WANTED = {"time_zone": ("+00:00",), "sql_mode": ("strict",), "global sql_mode": 
 SELECT_DATABASE = """
 SELECT 1
 FROM information_schema.schemata AS s
-WHERE BINARY s.schema_name = BINARY %(name)s
+WHERE CAST(s.schema_name AS BINARY) = CAST(%(name)s AS BINARY)
 """
 
 SELECT_ROLE = "SELECT 1 FROM mysql.user AS u WHERE u.user = %(name)s AND u.host = '%'"
@@ -1790,6 +1785,8 @@ def _answer(connection: Any, query: str) -> list[Any] | None:
     try:
         if query == SHOW_GRANTS:
             return _beyond_data(_execute(connection, query), _execute(connection, SELECT_SERVER))
+        if query == CHECKS["tls"]:
+            return [tuple(value for _, value in sorted(_execute(connection, query), reverse=True))]
         if query.startswith("XA"):  # cannot be prepared
             return [(row[3], None) for row in _unprepared(connection, query)]
         return _execute(connection, query)

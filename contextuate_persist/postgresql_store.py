@@ -818,7 +818,7 @@ DURABLE = {
     "full_page_writes": ("on",),
     "synchronous_commit": ("on", "local", "remote_write", "remote_apply"),
 }
-WANTED = {"server_encoding": ("UTF8",), "standard_conforming_strings": ("on",)}
+WANTED = {"server_encoding": ("UTF8",), "standard_conforming_strings": ("on",), "TimeZone": ()}
 
 # --- Accounts -------------------------------------------------------------------------------------
 

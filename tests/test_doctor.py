@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -15,6 +16,7 @@ from contextuate_persist import console, doctor, schema
 from contextuate_persist.cli import main
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.doctor import Finding, Level, Seen
+from contextuate_persist.embedded import PostgreSQLBinaries
 from contextuate_persist.mysql_store import _beyond_data
 from tests import servers
 from tests.authority import ELSEWHERE, Authority
@@ -64,6 +66,18 @@ def test_all_is_well_with_a_fresh_schema_and_the_application_account(modest: Dat
 def test_the_committed_shape_is_that_of_a_fresh_database(database: Database) -> None:
     committed = schema.schema_file(f"{database.backend}-shape.txt").read_text(encoding="utf-8")
     assert shape(database) == committed, "run `python -m tests.shapes`"
+
+
+@pytest.mark.only("postgresql")
+def test_an_older_server_makes_the_same_shape(backend: str) -> None:
+    binaries = PostgreSQLBinaries.of(Path("/usr/lib/postgresql/15/bin"), "Debian")
+    if binaries is None:
+        pytest.skip("no PostgreSQL 15 in /usr/lib/postgresql/15/bin")
+    with servers.postgresql_server(binaries=binaries) as server:
+        database = new_database(server)
+        database.owner().apply_schema()
+        assert [str(one) for one in findings(database.url, "drift") if one.advice] == []
+        assert only(database.url, "version").level is Level.OK
 
 
 @pytest.mark.parametrize(
@@ -229,15 +243,28 @@ def test_a_server_that_is_not_strict_is_a_problem(database: Database, backend: s
 
 
 @pytest.mark.only("mysql")
+def test_both_implementations_of_the_driver_see_the_same(database: Database, backend: str) -> None:
+    for url in (database.url, database.owner_url):
+        fast, pure = (findings(f"{url}{more}") for more in ("", "?use-pure=1"))
+        told = ("connection", "driver", "space")
+        assert [one for one in fast if one.check not in told] == [
+            one for one in pure if one.check not in told
+        ]
+        [driver] = [one for one in pure if one.check == "driver"]
+        assert driver.level is Level.WARNING
+
+
+@pytest.mark.only("mysql")
 def test_forgotten_xa_transactions_are_found(database: Database, backend: str) -> None:
     with_rows = database.server._connect(database.name)
     cursor = with_rows.cursor()
     try:
         for statement in ("XA START 'lost'", "XA END 'lost'", "XA PREPARE 'lost'"):
             cursor.execute(statement)
-        finding = only(database.owner_url, "prepared")
-        assert finding.level is Level.PROBLEM
-        assert "lost" in finding.message
+        for more in ("", "?use-pure=1"):
+            finding = only(database.owner_url + more, "prepared")
+            assert finding.level is Level.PROBLEM
+            assert "lost" in finding.message
     finally:
         cursor.execute("XA ROLLBACK 'lost'")
         with_rows.close()

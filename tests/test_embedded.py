@@ -23,6 +23,7 @@ import psycopg
 import pytest
 
 from contextuate_persist import embedded
+from contextuate_persist.doctor import Level
 from contextuate_persist.embedded import (
     Account,
     EmbeddedPostgreSQL,
@@ -784,4 +785,17 @@ def test_an_embedded_store_that_cannot_be_opened_stops_its_server(here: Path) ->
         connection.execute("UPDATE schema_version SET version = 99")
     with pytest.raises(SchemaError, match="schema version 99"):
         store.init()
+    assert [one.check for one in store.check() if one.level is not Level.OK] == ["schema"]
     assert gone(here / "pg")
+
+
+def test_an_embedded_store_is_checked_open_or_not(here: Path) -> None:
+    store = EmbeddedStore(here / "pg")
+    assert [str(one) for one in store.check() if one.level is not Level.OK] == []
+    assert gone(here / "pg")
+    with store:
+        assert [str(one) for one in store.check() if one.level is not Level.OK] == []
+        assert store.get_sessions() == []
+    (here / "pg/data/PG_VERSION").write_text("9\n")
+    [finding] = store.check()
+    assert (finding.check, finding.level) == ("connection", Level.PROBLEM)
