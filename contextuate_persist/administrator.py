@@ -106,15 +106,19 @@ def _server_of_url(url: str, backend: str, parameters: dict[str, str]) -> Server
         raise ConfigurationError(f"--url: {error}") from None
     if parts.scheme not in (backend, backend.removesuffix("ql")):
         raise ConfigurationError(f"--url: {backend}:// is set up here")
-    given = dict(parse_qsl(parts.query)) | parameters
+    given = dict(parse_qsl(parts.query))
     host = given.pop("host" if backend == "postgresql" else "socket", "") or parts.hostname
+    password = given.pop("password", "") or unquote(parts.password or "")
+    # What is left stands in the URLs of the accounts, too, which are shown.
+    if unknown := given.keys() - set(tls.WORDS.values()):
+        raise ConfigurationError(f"--url: {min(unknown)} is not for setting up; see --help")
     return Server(
         backend=backend,
         user=unquote(parts.username or _ADMINISTRATORS[backend]),
-        password=unquote(parts.password or ""),
+        password=password,
         host=host or "localhost",
         port=port,
-        parameters=given,
+        parameters=given | parameters,
     )
 
 

@@ -190,18 +190,18 @@ def _confirmed(administrator: Administrator) -> bool:
     name = administrator.names.database
     if not administrator.has_database():
         return False
-    sessions = _count_sessions(administrator)
-    tell(f"--reset drops {name} and everything in it{sessions}. Type the database's name to go on:")
+    events = _count_events(administrator)
+    tell(f"--reset drops {name} and everything in it{events}. Type the database's name to go on:")
     typed = sys.stdin.readline().rstrip("\r\n") if sys.stdin else ""
     if typed != name:
         raise ConfigurationError("--reset: that is not the database's name; nothing was changed")
     return True
 
 
-def _count_sessions(administrator: Administrator) -> str:
+def _count_events(administrator: Administrator) -> str:
     try:
         with administrator.owner_store() as store:
-            return f", {len(store.get_sessions()):,} sessions"
+            return f", {sum(store.event_counts().values()):,} events"
     except PersistenceError:  # no schema of ours, perhaps
         return ""
 

@@ -407,7 +407,7 @@ def test_a_reset_needs_the_name_to_be_typed(run: Setup) -> None:
     for typed in ("", "\n", "y\n", f"{run.database}x\n", f" {run.database}\n"):
         status, out, err = run("--reset", typed=typed)
         assert status == 1
-        assert "1 sessions" in err
+        assert ", 1 events" in err
         assert "nothing was changed" in err
     with open_store(run.url()) as store:
         assert len(store.get_events("s")) == 1
@@ -680,6 +680,11 @@ def test_a_url_names_the_administrator(run: Setup) -> None:
     assert "password on the command line" in err
     assert run.server.admin_password not in err
     assert "sslmode=require" in run.url()
+    login, _, rest = place.partition("://")[2].rpartition("@")
+    place = f"{run.backend}://{login.split(':')[0]}@{rest}?password={run.server.admin_password}"
+    assert run("--url", place)[0] == 0
+    assert run.server.admin_password not in "".join(run.seen)
+    assert "colour is not for" in run("--url", f"{place}&colour=red")[2]
 
 
 @pytest.mark.parametrize(
