@@ -1647,15 +1647,14 @@ def _tls(given: Mapping[str, Any]) -> dict[str, str]:
     """Verified TLS for a server elsewhere, unless the URL says otherwise in so many words."""
     named = str(given.get("hostaddr") or given.get("host") or os.environ.get("PGHOST") or "")
     words = {word: str(given[word]) for word in tls.WORDS.values() if word in given}
-    for word in tls.WORDS.values():
-        if value := os.environ.get(f"PG{word.upper()}"):
-            words.setdefault(word, value)
-    # What else a service names is its file's to say, and a file at libpq's own place libpq's.
+    if mode := os.environ.get("PGSSLMODE"):
+        words.setdefault("sslmode", mode)
     if "service" in given or "PGSERVICE" in os.environ:
-        return words
-    if OWN_AUTHORITIES.expanduser().is_file():
-        words.setdefault("sslrootcert", str(OWN_AUTHORITIES.expanduser()))
-    return tls.settle(words, local=all(map(is_local, named.split(","))))
+        return words  # what else it names is its file's to say
+    trusted = os.environ.get("PGSSLROOTCERT", "")
+    if not trusted and OWN_AUTHORITIES.expanduser().is_file():
+        trusted = str(OWN_AUTHORITIES.expanduser())
+    return tls.settle(words, local=all(map(is_local, named.split(","))), trusted=trusted)
 
 
 #: Where libpq looks for authorities if none are named.

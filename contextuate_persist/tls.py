@@ -33,19 +33,22 @@ _BUNDLES = (
 )
 
 
-def settle(given: Mapping[str, str], *, local: bool) -> dict[str, str]:
+def settle(given: Mapping[str, str], *, local: bool, trusted: str = "") -> dict[str, str]:
     """The settings that hold: those given, and verification where nothing else was said.
 
     A server elsewhere is verified, and so is one whose authority is named. `require` with an
-    authority checks the certificate, though not the name in it: so libpq understands it.
+    authority checks the certificate, though not the name in it: so libpq understands it. `trusted`
+    are the authorities if none are named, else those of this machine.
     """
     settled = {word: given[word] for word in WORDS.values() if given.get(word)}
     named = "sslrootcert" in settled
     mode = settled.setdefault("sslmode", "verify-full" if named or not local else "prefer")
     if mode == "require" and named:
         mode = settled["sslmode"] = "verify-ca"
-    if mode in VERIFYING and settled.get("sslrootcert", "system") == "system":
-        settled["sslrootcert"] = authorities()
+    if mode in VERIFYING:
+        settled.setdefault("sslrootcert", trusted or "system")
+        if settled["sslrootcert"] == "system":
+            settled["sslrootcert"] = authorities()
     return settled
 
 

@@ -262,6 +262,11 @@ def test_libpqs_own_variables_and_files_hold(
         (tmp_path / ".postgresql").mkdir()
         (tmp_path / ".postgresql/root.crt").write_bytes(authority.file.read_bytes())
         assert works(make_store(url(remote))) is True
+        remote.server.show(authority.server("unknown CA"))
+        # It says whom to trust, not that a server of this machine has to be verified: for one that
+        # is not trusted libpq then prefers plain text.
+        assert works(make_store(url(remote, "127.0.0.1"))) is False
+        assert "cannot be verified" in refusal(url(remote))
     (tmp_path / "services").write_text("[there]\nsslmode=require\n")
     monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
     assert works(make_store(url(remote, service="there"))) is True
