@@ -7,6 +7,7 @@ CONTEXTUATE_CORPUS names a folder of recorded data, its events are imported as w
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -176,6 +177,7 @@ def demo(directory: Path) -> None:
 
 
 def main() -> int:
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # connections break here on purpose
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without stopping the server
     directory = Path(tempfile.mkdtemp(prefix="contextuate-demo-"))
     try:
