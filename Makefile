@@ -3,6 +3,8 @@
 .PHONY: help demo test check soak bench docs clean
 python := .venv/bin/python
 ARGS ?=
+# Tests mostly wait for their servers: some processes at once, each with servers of its own.
+JOBS ?= 3
 
 help: ## print these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -14,7 +16,7 @@ demo: ## start a private PostgreSQL, fill it, look into it, remove it
 test: ## run the tests with branch coverage; ARGS="-k name" goes to pytest
 	@.ci/venv test
 	@$(python) -m coverage erase
-	@status=0; $(python) -m coverage run -m pytest $(ARGS) || status=$$?; \
+	@status=0; $(python) -m coverage run -m pytest -n $(JOBS) $(ARGS) || status=$$?; \
 	$(python) -m coverage combine -q && $(python) -m coverage report || true; exit $$status
 
 check: ## check format, style and types

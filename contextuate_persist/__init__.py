@@ -34,7 +34,8 @@ from contextuate_persist.model import (
 )
 from contextuate_persist.policy import PayloadPolicy
 from contextuate_persist.protocol import PersistenceStore
-from contextuate_persist.writer import EventWriter, Receipt, WriterHealth
+from contextuate_persist.receipts import Receipt, WriterHealth
+from contextuate_persist.writer import EventWriter
 
 __version__ = "0.1.0.dev0"
 

@@ -29,7 +29,8 @@ from contextuate_persist.model import (
 )
 from contextuate_persist.outbox import Milestone, Outbox
 from contextuate_persist.protocol import PersistenceStore
-from contextuate_persist.writer import EventWriter, Prepared, Receipt, WriterHealth
+from contextuate_persist.receipts import Receipt, WriterHealth
+from contextuate_persist.writer import EventWriter, Prepared
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

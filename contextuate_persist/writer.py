@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -21,17 +20,16 @@ from contextuate_persist.dead_letters import DeadLetters
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidRecord,
-    PersistenceError,
-    SessionNotFound,
     SpoolError,
     StoreClosed,
-    StoreUnavailable,
 )
 from contextuate_persist.model import MonitorEvent, SessionMeta
-from contextuate_persist.outbox import Milestone, Outbox
+from contextuate_persist.outbox import Outbox
 from contextuate_persist.policy import PayloadPolicy
 from contextuate_persist.queued import Arrival, Item, Refused, Taken, Update, Value
+from contextuate_persist.receipts import Receipt, WriterHealth
 from contextuate_persist.records import EventRow
+from contextuate_persist.sender import LONGEST_PAUSE, BatchLimits, Sender, pause_after
 from contextuate_persist.spool import SEGMENT_BYTES, Record, Spool
 
 if TYPE_CHECKING:
@@ -43,9 +41,8 @@ log = logging.getLogger(__name__)
 
 ENVIRONMENT_SPOOL = "CONTEXTUATE_SPOOL"
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between tries while the database is away
-_LETTER_SECONDS = 1.0  # between tries to write dead letters to a disk that is full
-_STRIKES = 3  # of one item, for what may be no fault of its own
+# Between tries of a disk that fails: what arrives meanwhile waits, though there may be a database.
+_KEEPER_PAUSE = 0.3
 # When a writer closes: for the disk to take what is left, for the database to end a statement.
 _KEEPER_SECONDS, _SENDER_SECONDS = 10.0, 0.5
 
@@ -54,105 +51,6 @@ def default_spool() -> Path:
     """The spool of this user: what CONTEXTUATE_SPOOL names, else one in the home directory."""
     named = os.environ.get(ENVIRONMENT_SPOOL)
     return Path(named) if named else Path.home() / ".contextuate" / "monitor" / "spool"
-
-
-class Receipt:
-    """What a writer gives for what it was given: tells how far that has come.
-
-    It comes to two milestones, in this order: *safe*, on the disk of this machine or in the
-    database already, and *stored*, done with by the database: committed there, or known there
-    before, or refused for good and set aside (`refusal` then says why).
-    """
-
-    __slots__ = ("_outbox", "number")
-
-    def __init__(self, outbox: Outbox, number: int) -> None:
-        self._outbox = outbox
-        self.number = number
-
-    def __repr__(self) -> str:
-        state = "stored" if self.stored else "safe" if self.safe else "taken"
-        return f"<Receipt {self.number}: {state}>"
-
-    @property
-    def safe(self) -> bool:
-        """Whether it survives whatever happens to this process and to the power."""
-        return self.number <= self._outbox.safe.reached
-
-    @property
-    def stored(self) -> bool:
-        """Whether the database is done with it."""
-        return self.number <= self._outbox.done.reached
-
-    @property
-    def refusal(self) -> str | None:
-        """Why it was set aside; None if it was not (of the last 10,000 that were)."""
-        return self._outbox.reason(self.number)
-
-    def wait_safe(self, timeout: float | None = None) -> bool:
-        """Wait, at most so many seconds, until it is safe; whether it is."""
-        return self._wait(self._outbox.safe, timeout)
-
-    def wait_stored(self, timeout: float | None = None) -> bool:
-        """Wait, at most so many seconds, until it is stored; whether it is.
-
-        False at once if the writer is closed before that.
-        """
-        return self._wait(self._outbox.done, timeout)
-
-    def on_safe(self, callback: Callable[[Receipt], object]) -> None:
-        """Call back, once, when it is safe, or the writer is closed before that.
-
-        In a thread of the writer's, which waits meanwhile, or at once in this one. An exception is
-        logged.
-        """
-        self._outbox.notify(self._outbox.safe, self.number, lambda: callback(self))
-
-    def on_stored(self, callback: Callable[[Receipt], object]) -> None:
-        """Call back, once, when it is stored, or the writer is closed before that: see `stored`."""
-        self._outbox.notify(self._outbox.done, self.number, lambda: callback(self))
-
-    def _wait(self, milestone: Milestone, timeout: float | None) -> bool:
-        if self.number > milestone.reached:
-            passed = threading.Event()
-            token = self._outbox.notify(milestone, self.number, passed.set)
-            try:
-                passed.wait(timeout)
-            finally:
-                self._outbox.forget(milestone, token)
-        return self.number <= milestone.reached
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriterHealth:
-    """How a writer is doing; `accepted` = `stored` + `duplicate` + `set_aside` + `pending`, always.
-
-    Counted from `init()` on, with what lay in the spool then as accepted.
-    """
-
-    accepted: int
-    stored: int
-    """New in the database."""
-    duplicate: int
-    """Known there before, or told of a deleted session, and ignored."""
-    set_aside: int
-    """Refused for good: dead letters, and records of the spool that could not be read."""
-    pending: int
-    memory_bytes: int
-    """Of what is pending, roughly."""
-    spool_bytes: int
-    """On disk; a file goes when all in it is done with."""
-    oldest_seconds: float | None
-    """Age of the oldest pending item that is in memory; None if none is."""
-    retries: int
-    """Tries that failed since `init()`."""
-    failing_seconds: float | None
-    """How long the database has been away; None while it is not."""
-    last_error: str | None
-    """Of the database or of the spool, also when that is over."""
-    dead_letters: int
-    damages: tuple[str, ...]
-    """What of the spool could not be read; its bytes lie beside it, in `damaged`."""
 
 
 class EventWriter:
@@ -226,10 +124,7 @@ class EventWriter:
         self._outbox: Outbox | None = None
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._retries = 0
-        self._failing_since: float | None = None
-        self._last_error: str | None = None
-        self._slice = batch_rows
+        self._sender: Sender | None = None
         _writers.add(self)
 
     def __repr__(self) -> str:
@@ -253,13 +148,13 @@ class EventWriter:
                 spool_bytes=settings.spool_bytes,
                 always=settings.always,
             )
-            self._retries, self._slice = 0, settings.batch_rows
-            self._failing_since = self._last_error = None
-            works = [self._keep, self._send]
+            limits = BatchLimits(settings.batch_rows, settings.batch_bytes, settings.batch_seconds)
+            self._sender = sender = Sender(self._store, outbox, self._dead_letters, limits)
+            works = [partial(self._keep, outbox), sender.run]
             if self._metrics is not None:
-                works.append(self._tell)
+                works.append(partial(self._tell, outbox, sender))
             self._threads = [
-                threading.Thread(target=self._work, args=(work, outbox), daemon=True)
+                threading.Thread(target=_work, args=(work, outbox, sender), daemon=True)
                 for work in works
             ]
             try:
@@ -270,19 +165,6 @@ class EventWriter:
                 self._spool.close(in_use=True)
                 raise
             self._outbox = outbox
-
-    def _work(self, work: Callable[[Outbox], None], outbox: Outbox) -> None:
-        while True:
-            try:
-                work(outbox)
-            except BaseException as error:  # a defect of ours; what is in the queue still is
-                self._last_error = f"{type(error).__name__}: {error}"
-                log.exception("the writer stumbled, and goes on")
-                outbox.pause(_LONGEST_PAUSE)
-                if outbox.over:
-                    return
-            else:
-                return
 
     def flush(self, timeout: float | None = None) -> int:
         """Store all that was put before, at once; how many items are not stored in the end.
@@ -325,7 +207,8 @@ class EventWriter:
         keeper.join(_KEEPER_SECONDS)
         # It may wait for a database that does not answer; what it then hears nobody needs.
         sender.join(_SENDER_SECONDS)
-        self._write_letters(outbox)
+        assert self._sender is not None  # noqa: S101  (made with the outbox)
+        self._sender.write_letters()
         lost = outbox.end()
         self._spool.close(in_use=keeper.is_alive())
         return lost
@@ -467,174 +350,34 @@ class EventWriter:
                 outbox.not_kept(items, error.strerror or str(error))
                 if outbox.over:
                     return
-                outbox.pause(_pause(failures))
+                outbox.pause(pause_after(failures, _KEEPER_PAUSE))
             else:
                 failures = 0
                 outbox.kept(items, on_disk=spills)
-
-    # --- The sender -------------------------------------------------------------------------------
-
-    def _send(self, outbox: Outbox) -> None:
-        """Store the items in their order, until all is over."""
-        if not self._persist(outbox, self._open_store):
-            return
-        while not outbox.over:
-            self._write_letters(outbox)
-            if items := self._next(outbox):
-                delivery = _Delivery(items)
-                while delivery.runs:
-                    if not self._persist(outbox, lambda: self._deliver(delivery)):  # noqa: B023
-                        return
-                outbox.settle(items, delivery.counts, delivery.reasons, delivery.letters)
-
-    def _next(self, outbox: Outbox) -> list[Item]:
-        """What to store next; nothing at the end, or when it is time for letters again."""
-        settings = self._settings
-        failures = 0
-        while True:
-            try:
-                return outbox.next_to_send(
-                    settings.batch_rows,
-                    settings.batch_bytes,
-                    settings.batch_seconds,
-                    patience=_LETTER_SECONDS if outbox.letters else None,
-                )
-            except OSError as error:  # the spool cannot be read just now
-                failures += 1
-                self._last_error = f"{settings.directory}: {error.strerror or error}"
-                log.warning("spool %s", self._last_error)
-                outbox.pause(_pause(failures))
-
-    def _write_letters(self, outbox: Outbox) -> None:
-        """Write what a full disk has not taken before, as far as it goes."""
-        for letter in outbox.letters:
-            if self._write_letter(letter):
-                outbox.letter_written(letter)
-
-    def _write_letter(self, letter: Item) -> bool:
-        assert isinstance(letter.value, Refused)  # noqa: S101  (that is what letters are)
-        try:
-            self._dead_letters.add(letter.value, letter.accepted)
-        except OSError as error:
-            self._last_error = f"{self._dead_letters.directory}: {error.strerror or error}"
-            log.warning("dead letter %s", self._last_error)
-            return False
-        return True
-
-    def _open_store(self) -> None:
-        self._store.init()
-
-    def _persist(self, outbox: Outbox, work: Callable[[], object]) -> bool:
-        """Do some work, again and again while the database is away; False if there is no time."""
-        failures = 0
-        while not outbox.over:
-            try:
-                work()
-            except (PersistenceError, OSError, MemoryError) as error:
-                failures += 1
-                self._failed(outbox, error)
-                outbox.pause(_pause(failures))
-            else:
-                if failures:
-                    log.info("the database is back after %d tries", failures)
-                self._failing_since = None
-                return True
-        return False
-
-    def _failed(self, outbox: Outbox, error: Exception) -> None:
-        self._retries += 1
-        self._last_error = f"{type(error).__name__}: {error}"
-        if self._failing_since is None:
-            self._failing_since = time.monotonic()
-            log.warning("storing failed, trying again: %s", error)
-        # A batch may be what takes too long: smaller ones get through where it does not.
-        self._slice = max(1, self._slice // 2)
-        outbox.not_sent()
-
-    def _deliver(self, delivery: _Delivery) -> None:
-        """Store the first run of what is left, or some of it."""
-        run = delivery.runs[0]
-        # One by one, what counts each time that it is done.
-        part = run[: self._slice if isinstance(run[0].value, EventRow | SessionMeta) else 1]
-        try:
-            self._store_part(part, delivery)
-        except InvalidRecord as error:
-            self._isolate(part, delivery, str(error))
-        except (PersistenceError, OSError, MemoryError):
-            raise
-        except Exception as error:  # a defect of ours, which one item brings to light, perhaps
-            log.exception("an item that cannot be stored")
-            reason = f"{type(error).__name__}: {error}"
-            if len(part) == 1 and delivery.strikes < _STRIKES:
-                delivery.strikes += 1
-                raise StoreUnavailable(reason) from error
-            self._isolate(part, delivery, reason)
-        else:
-            delivery.done(len(part))
-            self._slice = min(self._settings.batch_rows, self._slice * 2)
-
-    def _isolate(self, part: list[Item], delivery: _Delivery, reason: str) -> None:
-        """Come nearer to the item that is to blame; alone, it is set aside."""
-        if len(part) > 1:
-            self._slice = len(part) // 2
-            return
-        delivery.strikes = 0
-        item = part[0]
-        if isinstance(item.value, Refused):  # not even that can be written as it is
-            item = item._replace(value=queued.plain_refusal(item.number, item.value.reason))
-            delivery.letters.append(item)
-            delivery.counts["set_aside"] += 1
-        else:
-            delivery.set_aside(item, reason)
-        delivery.done(1)
-
-    def _store_part(self, part: list[Item], delivery: _Delivery) -> None:
-        values: list[Any] = [item.value for item in part]
-        first = values[0]
-        if isinstance(first, EventRow):
-            result = self._store.save_rows(values)
-            for refusal in result.refused:
-                delivery.set_aside(part[refusal.index], refusal.reason)
-            delivery.count(len(part) - len(result.refused), stored=result.stored)
-        elif isinstance(first, SessionMeta):
-            delivery.count(len(part), stored=self._store.save_sessions(values))
-        elif isinstance(first, Update):
-            delivery.count(1, stored=self._update(first))
-        else:
-            if not self._write_letter(part[0]):
-                delivery.letters.append(part[0])
-            delivery.counts["set_aside"] += 1
-            delivery.reasons[part[0].number] = first.reason
-
-    def _update(self, update: Update) -> bool:
-        try:
-            self._store.update_session(update.session_id, **update.fields)
-        except SessionNotFound:
-            return False
-        return True
 
     # --- How it is --------------------------------------------------------------------------------
 
     def health(self) -> WriterHealth:
         """How the writer is doing; raises StoreClosed if it is not open."""
-        return self._health(self._open_outbox())
+        outbox, sender = self._open_outbox(), self._sender
+        assert sender is not None  # noqa: S101  (made with the outbox)
+        return self._health(outbox, sender)
 
-    def _health(self, outbox: Outbox) -> WriterHealth:
+    def _health(self, outbox: Outbox, sender: Sender) -> WriterHealth:
         figures = outbox.figures()
-        oldest = figures.pop("oldest")
-        since = self._failing_since
-        spool_error = figures.pop("spool_error")
+        oldest, spool_error = figures.pop("oldest"), figures.pop("spool_error")
+        since = sender.failing_since
         return WriterHealth(
             **figures,
             oldest_seconds=None if oldest is None else max(0.0, time.time() - oldest / 1000),
-            retries=self._retries,
+            retries=sender.retries,
             failing_seconds=None if since is None else time.monotonic() - since,
-            last_error=spool_error or self._last_error,
+            last_error=spool_error or sender.last_error,
             dead_letters=len(self._dead_letters.ids()),
             damages=tuple(self._spool.damages),
         )
 
-    def _tell(self, outbox: Outbox) -> None:
+    def _tell(self, outbox: Outbox, sender: Sender) -> None:
         """Hand the health over, now and then, and at the end."""
         assert self._metrics is not None  # noqa: S101  (or this thread would not be)
         over = False
@@ -642,34 +385,24 @@ class EventWriter:
             outbox.wait_until_over(self._settings.metrics_seconds)
             over = outbox.over
             try:
-                self._metrics(self._health(outbox))
+                self._metrics(self._health(outbox, sender))
             except Exception:
                 log.exception("the metrics callback failed")
 
 
-class _Delivery:
-    """A batch on its way: what of it is left, and how it went so far."""
-
-    def __init__(self, items: list[Item]) -> None:
-        self.runs = queued.waves(items)
-        self.counts: Counter[str] = Counter()
-        self.reasons: dict[int, str] = {}
-        self.letters: list[Item] = []
-        self.strikes = 0
-
-    def done(self, count: int) -> None:
-        """So many of the first run are."""
-        del self.runs[0][:count]
-        if not self.runs[0]:
-            del self.runs[0]
-
-    def count(self, count: int, *, stored: int) -> None:
-        self.counts["stored"] += stored
-        self.counts["duplicate"] += count - stored
-
-    def set_aside(self, item: Item, reason: str) -> None:
-        """Let an item be a dead letter, once the rest is stored."""
-        self.runs.append([item._replace(value=queued.refused(item.value, reason))])
+def _work(work: Callable[[], None], outbox: Outbox, sender: Sender) -> None:
+    """Do a thread's work, again if it ends by a defect of ours: what is in the queue still is."""
+    while True:
+        try:
+            work()
+        except BaseException as error:
+            sender.last_error = f"{type(error).__name__}: {error}"
+            log.exception("the writer stumbled, and goes on")
+            outbox.pause(LONGEST_PAUSE)
+            if outbox.over:
+                return
+        else:
+            return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -732,12 +465,6 @@ def _is_always(spool: str) -> bool:
     if spool not in ("always", "on_failure"):
         raise ConfigurationError(f"spool: 'always' or 'on_failure', not {model.shown(spool)}")
     return spool == "always"
-
-
-def _pause(failures: int) -> float:
-    """How long to wait after so many failures in a row, with jitter: others wait, too."""
-    longest: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures, 20))
-    return longest * random.uniform(0.5, 1)  # noqa: S311  (no secret)
 
 
 _writers: weakref.WeakSet[EventWriter] = weakref.WeakSet()

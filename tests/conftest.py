@@ -7,7 +7,7 @@ import itertools
 import os
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,11 @@ BACKENDS = ("postgresql", "mysql")
 # What a developer has set must not change what is tested.
 for name in ("CONTEXTUATE_DATABASE_URL", "CONTEXTUATE_CONFIG", "PGSSLMODE", "PGPASSFILE"):
     os.environ.pop(name, None)
+
+# Coverage measures the processes that tests run in, not those that they start: one that Ctrl-C
+# interrupts there may wait for coverage's own lock for ever.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 settings.register_profile(
     "default",
@@ -69,6 +74,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (dropped if mark and backend not in (None, mark.args[0]) else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Reports travel between processes as UTF-8, and hostile tests print what that cannot hold."""
+    return _encodable((yield))
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_encodable, value))
+    return value
 
 
 @dataclass(frozen=True)

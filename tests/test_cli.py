@@ -511,7 +511,7 @@ def test_a_progress_bar_is_drawn_on_a_terminal_only(database: Database, tmp_path
     path.write_text("".join(json.dumps(event().to_wire()) + "\n" for _ in range(2000)))
     assert program(["import", str(path)], database.url).stderr == b""
     master, slave = pty.openpty()
-    environment = {**os.environ, ENVIRONMENT_URL: database.url}
+    environment = {**os.environ, ENVIRONMENT_URL: database.url, "COLUMNS": "200"}
     command = [sys.executable, "-m", "contextuate_persist", "import", str(path)]
     with subprocess.Popen(
         command, stderr=slave, stdout=subprocess.PIPE, env=environment

@@ -282,24 +282,57 @@ def test_questions_while_the_database_is_away_are_answered_with_the_reason(tmp_p
         daemon.kill()
 
 
+def by_script(daemon: Daemon, payloads: list[dict[str, Any]]) -> None:
+    """Hand each payload to the hook command, one process each, as Claude Code does."""
+    command = [sys.executable, "-I", "-S", str(ROOT / "examples" / "emit_event.py")]
+    environment = {**os.environ, "CONTEXTUATE_INBOX": str(daemon.inbox)}
+    for payload in payloads:
+        done = subprocess.run(
+            command,
+            input=json.dumps(payload).encode(),
+            env=environment,
+            capture_output=True,
+            check=True,
+        )
+        assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def drained(daemon: Daemon) -> bool:
+    return daemon.ask(do="health")["pending"] == 0 and not list(daemon.inbox.glob("*.json"))
+
+
+@pytest.mark.soak
+def test_two_thousand_hooks_one_process_each_become_events(
+    daemon: Daemon, store: BaseStore
+) -> None:
+    payloads = a_day(sessions=80, tools=12)
+    assert len(payloads) > 2000
+    daemon.start()
+    by_script(daemon, payloads)
+    eventually(lambda: drained(daemon), 120)
+    require_all(store, payloads)
+    assert len(store.get_sessions()) == 160
+    assert daemon.stop() == 0
+
+
 @pytest.mark.skipif(
     not os.environ.get("CONTEXTUATE_CORPUS"),
     reason="CONTEXTUATE_CORPUS names no folder of recorded data",
 )
 def test_recorded_payloads_are_rebuilt_equal(daemon: Daemon, store: BaseStore) -> None:
+    """By way of script, inbox, daemon and database, twice."""
     payloads: list[dict[str, Any]] = []
     for path in sorted(Path(os.environ["CONTEXTUATE_CORPUS"]).glob("*/logs/*.json")):
         if path.name != "chat.json":
             payloads += json.loads(path.read_bytes())
-    known = [p for p in payloads if isinstance(p, dict) and p.get("session_id")]
-    assert len(known) > 100
+    assert len(payloads) > 100
     daemon.start()
-    for n, payload in enumerate(known):
-        inbox.leave(daemon.inbox, file_of(payload, T0 + n))
-    eventually(
-        lambda: daemon.ask(do="health")["pending"] == 0 and not list(daemon.inbox.glob("*.json")),
-        120,
-    )
+    by_script(daemon, payloads)
+    eventually(lambda: drained(daemon), 120)
     found = sorted(json.dumps(payload_of(e), sort_keys=True) for e in store.iter_events())
-    given = sorted({json.dumps(p, sort_keys=True) for p in known})
-    assert sorted(set(found)) == given
+    # Of that time, no payload tells an agent's id: whatever happened is its session's.
+    assert found == sorted(json.dumps(payload, sort_keys=True) for payload in payloads)
+    sessions = {session.session_id: session for session in store.get_sessions()}
+    assert sessions.keys() == {payload["session_id"] for payload in payloads}
+    assert {session.parent_session_id for session in sessions.values()} == {None}
+    assert {session.status.value for session in sessions.values()} == {"active"}

@@ -460,7 +460,7 @@ def test_one_event_alone_is_kept_and_stored_whatever_the_disk_did_before(
     with EventWriter(
         store, spool_directory=directory, flush_seconds=0.02, batch_seconds=0
     ) as writer:
-        for n in range(20):
+        for n in range(10):
             with monkeypatch.context() as patch:
                 broken_disk(writer, patch)
                 assert writer.put(event("s", T0 + n)).wait_stored(30)
@@ -640,7 +640,7 @@ def test_not_even_what_has_no_words_holds_anybody_up(writer: EventWriter, direct
     endless: list[Any] = []
     endless.append(endless)
     wide: list[Any] = []
-    for _ in range(200):
+    for _ in range(100):
         wide = [wide, wide]
     for value in (10**5000, Odd(), endless, wide, {Odd: 1}, b"x"):
         writer.put(event(data={"x": value}))

@@ -1,0 +1,221 @@
+"""The sender of a writer: stores what its queue holds, again and again until it is stored."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from contextuate_persist import queued
+from contextuate_persist.base import BaseStore
+from contextuate_persist.dead_letters import DeadLetters
+from contextuate_persist.errors import (
+    InvalidRecord,
+    PersistenceError,
+    SessionNotFound,
+    StoreUnavailable,
+)
+from contextuate_persist.model import SessionMeta
+from contextuate_persist.outbox import Outbox
+from contextuate_persist.queued import Item, Refused, Update
+from contextuate_persist.records import EventRow
+
+log = logging.getLogger(__name__)
+
+#: Between tries while the database is away; the first ones come sooner.
+LONGEST_PAUSE = 5.0
+_FIRST_PAUSE = 0.05
+_LETTER_SECONDS = 1.0  # between tries to write dead letters to a disk that is full
+_STRIKES = 3  # of one item, for what may be no fault of its own
+
+
+class BatchLimits(NamedTuple):
+    """When a batch goes: whichever of the three comes first."""
+
+    rows: int
+    size: int  # bytes
+    linger: float  # seconds
+
+
+class Sender:
+    """Stores the items of one outbox, in their order; `run` is its thread's."""
+
+    def __init__(
+        self, store: BaseStore, outbox: Outbox, dead_letters: DeadLetters, limits: BatchLimits
+    ) -> None:
+        self.retries = 0
+        self.failing_since: float | None = None
+        self.last_error: str | None = None
+        self._store = store
+        self._outbox = outbox
+        self._dead_letters = dead_letters
+        self._limits = limits
+        self._slice = limits.rows
+
+    def run(self) -> None:
+        """Store the items in their order, until all is over."""
+        if not self._persist(self._open_store):
+            return
+        while not self._outbox.over:
+            self.write_letters()
+            if items := self._next():
+                delivery = _Delivery(items)
+                while delivery.runs:
+                    if not self._persist(lambda: self._deliver(delivery)):  # noqa: B023
+                        return
+                self._outbox.settle(items, delivery.counts, delivery.reasons, delivery.letters)
+
+    def _next(self) -> list[Item]:
+        """What to store next; nothing at the end, or when it is time for letters again."""
+        failures = 0
+        while True:
+            patience = _LETTER_SECONDS if self._outbox.letters else None
+            try:
+                return self._outbox.next_to_send(*self._limits, patience)
+            except OSError as error:  # the spool cannot be read just now
+                failures += 1
+                self.last_error = f"spool: {error}"
+                log.warning("spool cannot be read: %s", error)
+                self._outbox.pause(pause_after(failures))
+
+    def write_letters(self) -> None:
+        """Write what a full disk has not taken before, as far as it goes."""
+        for letter in self._outbox.letters:
+            if self._write_letter(letter):
+                self._outbox.letter_written(letter)
+
+    def _write_letter(self, letter: Item) -> bool:
+        assert isinstance(letter.value, Refused)  # noqa: S101  (that is what letters are)
+        try:
+            self._dead_letters.add(letter.value, letter.accepted)
+        except OSError as error:
+            self.last_error = f"{self._dead_letters.directory}: {error.strerror or error}"
+            log.warning("dead letter %s", self.last_error)
+            return False
+        return True
+
+    def _open_store(self) -> None:
+        self._store.init()
+
+    def _persist(self, work: Callable[[], object]) -> bool:
+        """Do some work, again and again while the database is away; False if there is no time."""
+        failures = 0
+        while not self._outbox.over:
+            try:
+                work()
+            except (PersistenceError, OSError, MemoryError) as error:
+                failures += 1
+                self._failed(error)
+                self._outbox.pause(pause_after(failures))
+            else:
+                if failures:
+                    log.info("the database is back after %d tries", failures)
+                self.failing_since = None
+                return True
+        return False
+
+    def _failed(self, error: Exception) -> None:
+        self.retries += 1
+        self.last_error = f"{type(error).__name__}: {error}"
+        if self.failing_since is None:
+            self.failing_since = time.monotonic()
+            log.warning("storing failed, trying again: %s", error)
+        # A batch may be what takes too long: smaller ones get through where it does not.
+        self._slice = max(1, self._slice // 2)
+        self._outbox.not_sent()
+
+    def _deliver(self, delivery: _Delivery) -> None:
+        """Store the first run of what is left, or some of it."""
+        run = delivery.runs[0]
+        # One by one, what counts each time that it is done.
+        part = run[: self._slice if isinstance(run[0].value, EventRow | SessionMeta) else 1]
+        try:
+            self._store_part(part, delivery)
+        except InvalidRecord as error:
+            self._isolate(part, delivery, str(error))
+        except (PersistenceError, OSError, MemoryError):
+            raise
+        except Exception as error:  # a defect of ours, which one item brings to light, perhaps
+            log.exception("an item that cannot be stored")
+            reason = f"{type(error).__name__}: {error}"
+            if len(part) == 1 and delivery.strikes < _STRIKES:
+                delivery.strikes += 1
+                raise StoreUnavailable(reason) from error
+            self._isolate(part, delivery, reason)
+        else:
+            delivery.done(len(part))
+            self._slice = min(self._limits.rows, self._slice * 2)
+
+    def _isolate(self, part: list[Item], delivery: _Delivery, reason: str) -> None:
+        """Come nearer to the item that is to blame; alone, it is set aside."""
+        if len(part) > 1:
+            self._slice = len(part) // 2
+            return
+        delivery.strikes = 0
+        item = part[0]
+        if isinstance(item.value, Refused):  # not even that can be written as it is
+            item = item._replace(value=queued.plain_refusal(item.number, item.value.reason))
+            delivery.letters.append(item)
+            delivery.counts["set_aside"] += 1
+        else:
+            delivery.set_aside(item, reason)
+        delivery.done(1)
+
+    def _store_part(self, part: list[Item], delivery: _Delivery) -> None:
+        values: list[Any] = [item.value for item in part]
+        first = values[0]
+        if isinstance(first, EventRow):
+            result = self._store.save_rows(values)
+            for refusal in result.refused:
+                delivery.set_aside(part[refusal.index], refusal.reason)
+            delivery.count(len(part) - len(result.refused), stored=result.stored)
+        elif isinstance(first, SessionMeta):
+            delivery.count(len(part), stored=self._store.save_sessions(values))
+        elif isinstance(first, Update):
+            delivery.count(1, stored=self._update(first))
+        else:
+            if not self._write_letter(part[0]):
+                delivery.letters.append(part[0])
+            delivery.counts["set_aside"] += 1
+            delivery.reasons[part[0].number] = first.reason
+
+    def _update(self, update: Update) -> bool:
+        try:
+            self._store.update_session(update.session_id, **update.fields)
+        except SessionNotFound:
+            return False
+        return True
+
+
+class _Delivery:
+    """A batch on its way: what of it is left, and how it went so far."""
+
+    def __init__(self, items: list[Item]) -> None:
+        self.runs = queued.waves(items)
+        self.counts: Counter[str] = Counter()
+        self.reasons: dict[int, str] = {}
+        self.letters: list[Item] = []
+        self.strikes = 0
+
+    def done(self, count: int) -> None:
+        """So many of the first run are."""
+        del self.runs[0][:count]
+        if not self.runs[0]:
+            del self.runs[0]
+
+    def count(self, count: int, *, stored: int) -> None:
+        self.counts["stored"] += stored
+        self.counts["duplicate"] += count - stored
+
+    def set_aside(self, item: Item, reason: str) -> None:
+        """Let an item be a dead letter, once the rest is stored."""
+        self.runs.append([item._replace(value=queued.refused(item.value, reason))])
+
+
+def pause_after(failures: int, longest: float = LONGEST_PAUSE) -> float:
+    """How long to wait after so many failures in a row, with jitter: others wait, too."""
+    seconds: float = min(longest, _FIRST_PAUSE * 2 ** min(failures, 20))
+    return seconds * random.uniform(0.5, 1)  # noqa: S311  (no secret)
