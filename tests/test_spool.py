@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from contextuate_persist import ConfigurationError, SpoolError
+from contextuate_persist.dead_letters import DeadLetters
+from contextuate_persist.queued import Refused
 from contextuate_persist.spool import Record, Spool, spool_state
 
 
@@ -293,3 +296,130 @@ def test_the_files_are_for_their_owner_only(directory: Path) -> None:
     assert directory.stat().st_mode & 0o777 == 0o700
     for path in directory.iterdir():
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+# --- A disk that fails at one certain call --------------------------------------------------------
+
+
+def failing(number: int) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_file_that_cannot_be_opened_costs_what_is_in_it(directory: Path) -> None:
+    spool = opened(directory)
+    spool.append(records(5, 3))
+    spool.close()
+    odd = directory / f"{1:020d}-{'ab' * 8}.log"
+    odd.mkdir()
+    again = Spool(directory)
+    assert again.open() == 3
+    assert again.damages == [f"{odd.name}: Is a directory"]
+    assert everything(again) == records(5, 3)
+    again.close()
+
+
+def test_a_file_that_the_disk_does_not_read_is_kept_aside(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory, segment_bytes=100)
+    spool.append(records(1, 5))
+    spool.append(records(6, 5))
+    [first, _] = segments(directory)
+    original = Path.open
+
+    def broken(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == first:
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    assert everything(spool) == records(6, 5)
+    spool.acknowledge(10)
+    spool.close()
+    assert (directory / "damaged" / first.name).exists()
+
+
+def test_what_passes_is_raised_not_taken_for_damage(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing(errno.EMFILE))
+        with pytest.raises(OSError, match="Too many open files"):
+            spool.read(0, 1000)
+    assert everything(spool) == records(1, 5)
+    spool.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing(errno.EMFILE))
+        with pytest.raises(SpoolError, match="Too many open files"):
+            Spool(directory).open()
+    again = Spool(directory)
+    assert again.open() == 5
+    again.close()
+
+
+def test_damage_while_a_spool_is_open_is_told_and_kept(directory: Path) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 300, size=100))
+    [path] = segments(directory)
+    with path.open("r+b") as file:
+        file.seek(8192)
+        file.write(bytes(4096))
+    assert 260 < len(everything(spool, most_bytes=10**6)) < 300
+    assert len(spool.damages) == 1
+    assert len(list((directory / "damaged").iterdir())) == 1
+    spool.close()
+
+
+def test_a_file_whose_name_may_not_last_is_not_written_to(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            spool.append(records(1, 1))
+    assert segments(directory) == []
+    spool.append(records(1, 1))
+    assert everything(spool) == records(1, 1)
+    spool.close()
+
+
+def test_failed_writes_leave_no_empty_files(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing(errno.ENOSPC))
+        for _ in range(5):
+            with pytest.raises(OSError, match="No space"):
+                spool.append(records(1, 1))
+    assert segments(directory) == []
+    spool.close()
+
+
+def test_files_go_although_the_acknowledgement_cannot_be_written(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory, segment_bytes=100)
+    for first in range(1, 21, 5):
+        spool.append(records(first, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing(errno.ENOSPC))
+        spool.acknowledge(20)
+    assert len(segments(directory)) == 1
+    spool.close()
+
+
+def test_a_dead_letter_that_cannot_be_written_leaves_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = DeadLetters(directory / "dead")
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"):
+        letters.add(Refused("event", {}, "why"), 1_700_000_000_000)
+    assert list((directory / "dead").iterdir()) == []
