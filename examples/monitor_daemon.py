@@ -46,7 +46,7 @@ from contextuate_persist.transcripts import read_usage
 HOME = Path.home() / ".contextuate" / "monitor"
 log = logging.getLogger("monitor_daemon")
 LOOK_SECONDS = 0.1  # between looks into the inbox
-AGAIN_SECONDS = 2.0  # between tries to reach a database that is away
+AGAIN_SECONDS = 2.0  # between tries while the database is away
 KNOWN_SESSIONS = 10_000  # whose state is kept in memory
 BY_PEOPLE = ("label", "is_pinned", "hidden", "manual_parent_session_id")
 SETTABLE = {SESSION_WIRE[name]: name for name in BY_PEOPLE}
@@ -76,7 +76,6 @@ class Monitor:
                 os.umask(before)
                 self._begin(self._reach_database())
                 self._begin(self._take_files())
-                log.info("listening on %s", path)
                 await stop.wait()
                 server.close()
                 path.unlink(missing_ok=True)
@@ -165,8 +164,8 @@ class Monitor:
                 state = SessionState.of(*events)
             if event is not None:
                 state |= SessionState.of(event)
-            if len(self._states) >= KNOWN_SESSIONS:  # what is needed again is read again
-                self._states.clear()
+            if len(self._states) >= KNOWN_SESSIONS:
+                self._states.clear()  # what is needed again is read again
             self._states[session_id] = state
             with contextlib.suppress(SessionNotFound):  # deleted, and nothing newer came
                 known = await self._patiently(lambda: self.store.get_session(session_id))
@@ -243,8 +242,8 @@ async def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--url", help="the database; without it what open_store() takes")
-    places = {"--inbox": HOME / "inbox", "--socket": HOME / "daemon.sock", "--spool": None}
-    for name, default in places.items():
+    parser.add_argument("--spool", type=Path)
+    for name, default in {"--inbox": HOME / "inbox", "--socket": HOME / "daemon.sock"}.items():
         parser.add_argument(name, type=Path, default=default)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     asyncio.run(main(parser.parse_args()))
