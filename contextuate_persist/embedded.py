@@ -38,6 +38,7 @@ from contextuate_persist.errors import (
     StoreUnavailable,
 )
 from contextuate_persist.postgresql_store import PostgreSQLStore
+from contextuate_persist.spool import sync_directory
 
 DATABASE = "contextuate_monitor"
 ROLE = "contextuate"
@@ -260,7 +261,7 @@ def _make_directory(path: Path) -> None:
                 missing.mkdir(mode=0o700)
                 if os.geteuid() == 0:
                     missing.chmod(0o755)
-                _sync(missing.parent)
+                sync_directory(missing.parent)
     except OSError as exc:
         raise ConfigurationError(f"cannot create {path} for the embedded store: {exc}") from exc
 
@@ -271,15 +272,6 @@ def _ended(pid: str) -> bool:
         return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
-
-
-def _sync(directory: Path) -> None:
-    """Make a rename or a new name in a directory survive a power loss."""
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 _open_locks: set[int] = set()
@@ -511,7 +503,7 @@ class EmbeddedPostgreSQL:
         append = 'printf %s "$2" >> "$1"'
         self._run("/bin/sh", "-c", append, "sh", new / "postgresql.conf", SETTINGS)
         new.rename(self.data)
-        _sync(self.directory)
+        sync_directory(self.directory)
 
     # -- the server process; all of it under start.lock
 
