@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from contextuate_persist.errors import InvalidRecord, Refusal
@@ -195,8 +196,8 @@ class MonitorEvent:
         """
         event = cls(**_from_wire(wire, EVENT_WIRE, required=_EVENT_REQUIRED))
         with _wire_names(EVENT_WIRE):
-            check_event(event)
-        return cls(**{**_values(event), "id": canonical_event_id(event.id)})
+            event_id = check_event(event)
+        return cls(**{**_values(event), "id": event_id})
 
     def to_wire(self) -> dict[str, Any]:
         """The wire form; `parentSessionId` is left out when there is none, `seq` always."""
@@ -334,14 +335,14 @@ def check_session(session: SessionMeta) -> None:
         check(name, getattr(session, name))
 
 
-def check_event(event: MonitorEvent) -> None:
-    """Raise InvalidRecord, naming the field, unless the event can be kept.
+def check_event(event: MonitorEvent) -> str:
+    """The id of an event in canonical form; raises InvalidRecord, naming the field it refuses.
 
     The payload's content is the encoder's to check.
     """
     if not isinstance(event, MonitorEvent):
         raise InvalidRecord(f"event: a MonitorEvent is needed, not {_kind(event)}")
-    canonical_event_id(event.id)
+    event_id = canonical_event_id(event.id)
     check_timestamp("timestamp", event.timestamp)
     check_id("session_id", event.session_id)
     check_id("machine_id", event.machine_id)
@@ -352,6 +353,7 @@ def check_event(event: MonitorEvent) -> None:
         check_id("parent_session_id", event.parent_session_id)
     if not isinstance(event.data, dict):
         raise InvalidRecord(f"data: a JSON object is needed, not {_kind(event.data)}")
+    return event_id
 
 
 def check_message_usage(usage: MessageUsage) -> None:
@@ -391,6 +393,8 @@ def check_type_name(name: str, value: object) -> None:
 
 
 def _check_name(name: str, value: object, limit: int) -> None:
+    if type(value) is str and 0 < len(value) <= limit and _is_clean(value):
+        return
     if not isinstance(value, str):
         raise InvalidRecord(f"{name}: a string is needed, not {_kind(value)}")
     if not value:
@@ -401,6 +405,13 @@ def _check_name(name: str, value: object, limit: int) -> None:
         raise InvalidRecord(f"{name}: control character or surrogate U+{ord(found[0]):04X}")
     if value != value.strip():
         raise InvalidRecord(f"{name}: white space around {shown(value)}")
+
+
+# The same sessions, machines and types come again and again: to look at each anew took half of the
+# time that checking an event takes (2.3 us instead of 1.3).
+@lru_cache(maxsize=4096)
+def _is_clean(name: str) -> bool:
+    return not _NOT_IN_IDS.search(name) and name == name.strip()
 
 
 def check_timestamp(name: str, value: object) -> None:

@@ -68,8 +68,7 @@ class Seed(NamedTuple):
 
 def check_event(event: MonitorEvent, position: int = 0) -> CheckedEvent:
     """Validate the fields of an event; raises InvalidRecord."""
-    model.check_event(event)
-    return CheckedEvent(position, event, model.canonical_event_id(event.id))
+    return CheckedEvent(position, event, model.check_event(event))
 
 
 def encode_event(checked: CheckedEvent) -> EventRow:

@@ -600,7 +600,7 @@ def test_what_only_the_server_refuses_is_found_by_bisection(
     store: BaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The validation is switched off here, so that bad rows reach a real server."""
-    monkeypatch.setattr("contextuate_persist.model.check_event", lambda event: None)
+    monkeypatch.setattr("contextuate_persist.model.check_event", lambda event: event.id)
     good = [event(f"s{i % 3}", T0 + i) for i in range(100)]
     poison = [
         event("s1", T0 + 500, machine_id="m" * 300),
