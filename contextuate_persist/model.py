@@ -407,8 +407,8 @@ def _check_name(name: str, value: object, limit: int) -> None:
         raise InvalidRecord(f"{name}: white space around {shown(value)}")
 
 
-# The same sessions, machines and types come again and again: to look at each anew took half of the
-# time that checking an event takes (2.3 us instead of 1.3).
+# The same sessions, machines and types come again and again: to look at each anew took a third of
+# the time that checking an event takes (2.3 us instead of 1.6).
 @lru_cache(maxsize=4096)
 def _is_clean(name: str) -> bool:
     return not _NOT_IN_IDS.search(name) and name == name.strip()

@@ -1124,6 +1124,9 @@ class PostgreSQLStore(BaseStore):
         rows = self._drop_known(connection, rows, changed)
         if not rows:
             return 0
+        # In the caller's order, mostly that of time: what the indexes that time orders take then
+        # comes at their right end (5 % of the time for a batch, if session follows session).
+        rows.sort(key=lambda row: row.position)
         with connection.cursor() as cursor:
             if len(rows) >= COPY_ROWS:
                 self._copy(cursor, rows)
