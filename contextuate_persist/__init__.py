@@ -23,6 +23,7 @@ from contextuate_persist.errors import (
 )
 from contextuate_persist.model import (
     Cursor,
+    Forgotten,
     Health,
     MessageUsage,
     MonitorEvent,
@@ -46,6 +47,7 @@ __all__ = [
     "ConfigurationError",
     "Cursor",
     "EventWriter",
+    "Forgotten",
     "Health",
     "InvalidBatch",
     "InvalidRecord",

@@ -19,6 +19,7 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.errors import SpoolError, SpoolFull, StoreClosed
 from contextuate_persist.model import (
     Cursor,
+    Forgotten,
     Health,
     MessageUsage,
     MonitorEvent,
@@ -297,6 +298,22 @@ class AsyncStore:
 
     async def prune_old_sessions(self, older_than: int) -> int:
         return await self._run(self._store.prune_old_sessions, older_than)
+
+    async def forget(
+        self,
+        *,
+        session_id: str | None = None,
+        machine_id: str | None = None,
+        working_directory: str | None = None,
+        dry_run: bool = False,
+    ) -> Forgotten:
+        return await self._run(
+            self._store.forget,
+            session_id=session_id,
+            machine_id=machine_id,
+            working_directory=working_directory,
+            dry_run=dry_run,
+        )
 
     async def session_tree(self, session_id: str | None = None) -> list[SessionNode]:
         return await self._run(self._store.session_tree, session_id)

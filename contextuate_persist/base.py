@@ -31,6 +31,7 @@ from contextuate_persist.errors import (
 )
 from contextuate_persist.model import (
     Cursor,
+    Forgotten,
     Health,
     MessageUsage,
     MonitorEvent,
@@ -40,6 +41,7 @@ from contextuate_persist.model import (
     SessionStatus,
 )
 from contextuate_persist.records import CheckedEvent, EventRow, Seed
+from contextuate_persist.subject import Subject
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -62,6 +64,7 @@ _LOST_ATTEMPTS = 6
 _PAGE_ROWS = 128
 _PAGE_BYTES = 4 * 2**20
 _DELETE_SESSIONS = 200
+_DELETE_EVENTS = 5000
 _LONGEST_TIMEOUT = 1_000_000  # seconds; in milliseconds it still fits the servers' settings
 
 
@@ -774,6 +777,138 @@ class BaseStore(ABC):
         )
         return pruned
 
+    def forget(
+        self,
+        *,
+        session_id: str | None = None,
+        machine_id: str | None = None,
+        working_directory: str | None = None,
+        dry_run: bool = False,
+    ) -> Forgotten:
+        subject = Subject.of(session_id, machine_id, working_directory)
+        self._check_open()
+        counts: Counter[str] = Counter()
+        paths: dict[str, str | None] = {}  # of the transcripts, by session
+        for _ in range(_CONFLICT_ATTEMPTS):
+            ids, found = self._concerned(subject)
+            paths |= found
+            try:
+                for start in range(0, len(ids), _DELETE_SESSIONS):
+                    batch = sorted(ids[start : start + _DELETE_SESSIONS])
+                    if dry_run:
+                        counts += self._run(partial(self._count_belongings, ids=batch))
+                    else:
+                        self._forget_sessions(batch, set(ids), counts)
+            except StartOver:
+                continue  # there is more below them now
+            break
+        else:
+            raise StoreUnavailable(f"{self._place}: others keep adding to the same sessions")
+        self._forget_inside(subject, set(ids) if dry_run else set(), counts, dry_run=dry_run)
+        if not dry_run:
+            self._forget_copies()
+        return Forgotten(
+            **counts,
+            session_ids=tuple(sorted(paths)),
+            transcript_paths=tuple(sorted({path for path in paths.values() if path})),
+        )
+
+    def _concerned(self, subject: Subject) -> tuple[list[str], dict[str, str | None]]:
+        """The sessions that go whole, what is below before what is above; and their transcripts.
+
+        In this order a second call finds what the first, interrupted, has left.
+        """
+        roots = [subject.value]
+        if subject.kind != "session":
+            filters = {"machine_id": subject.value} if subject.kind == "machine" else {}
+            places = self._run(partial(self._select_places, filters=filters))
+            roots = [
+                session_id
+                for session_id, machine, directory, exact in places
+                if subject.is_at(
+                    machine, records.exact_text("working_directory", directory, exact) or ""
+                )
+            ]
+        rows = self._run(partial(self._select_below, ids=roots)) if roots else []
+        ids = trees.deepest_first({row[0]: row[1] for row in rows}, roots)
+        if subject.kind == "session" and not ids:
+            ids = roots  # not here, or not yet: what comes late is not welcome
+        paths = {
+            session_id: records.exact_text("transcript_path", path, exact)
+            for session_id, _, path, exact in rows
+        }
+        return ids, paths
+
+    def _forget_sessions(self, ids: list[str], all_ids: set[str], counts: Counter[str]) -> None:
+        """Forget sessions, below which only others of `all_ids` are; raises StartOver."""
+
+        def begin(connection: Any) -> int:
+            self._lock_sessions(connection, ids)
+            self._remember_forgotten(connection, ids)
+            return self._delete_some_events(connection, ids, _DELETE_EVENTS)
+
+        def end(connection: Any) -> Counter[str]:
+            self._lock_kin(connection, ids)
+            if not all_ids.issuperset(self._select_children(connection, ids)):
+                raise StartOver(repeats=False)
+            left = self._count_belongings(connection, ids)
+            self._remember_forgotten(connection, ids)
+            self._delete_kin(connection, ids)
+            return left
+
+        # One session may have a million events, too many for one transaction.
+        deleted = _DELETE_EVENTS
+        while deleted == _DELETE_EVENTS:
+            deleted = self._run(begin, transaction=True)
+            counts["events"] += deleted
+        unname = partial(self._unname_parents, ids=ids, limit=_DELETE_EVENTS)
+        while self._run(unname) == _DELETE_EVENTS:
+            pass
+        counts += self._run(end, transaction=True)
+
+    def _forget_inside(
+        self, subject: Subject, whole: set[str], counts: Counter[str], *, dry_run: bool
+    ) -> None:
+        """Forget the events of a machine or directory inside sessions that stay."""
+        if subject.kind == "session":
+            return
+        filters: dict[str, Any] = {}
+        if subject.kind == "machine":
+            filters["machine_id"] = subject.value
+        while True:
+            heads = self._run(partial(self._select_heads, filters=filters, limit=_DELETE_EVENTS))
+            found = [head for head in heads if head[1] not in whole and self._is_at(subject, head)]
+            if found and not dry_run:
+                delete = partial(self._delete_found, found)
+                counts["events"] += self._run(delete, transaction=True)
+            else:
+                counts["events"] += len(found)
+            if len(heads) < _DELETE_EVENTS:
+                return
+            filters["after"] = Cursor(heads[-1][2], heads[-1][3])
+
+    def _is_at(self, subject: Subject, head: Sequence[Any]) -> bool:
+        event_id, session_id, _, _, machine, directory = head
+        in_columns = subject.in_columns()
+        if not in_columns.is_at(machine, directory):
+            return False
+        if "\ufffd" not in in_columns.value:
+            return True
+        # The column may hold this sign instead of what it cannot hold.
+        event = self.get_event_by_id(session_id, event_id)
+        return event is not None and subject.is_at(machine, event.working_directory)
+
+    def _delete_found(self, heads: list[Any], connection: Any) -> int:
+        self._lock_sessions(connection, sorted({head[1] for head in heads}))
+        return self._delete_events(connection, [head[0] for head in heads])
+
+    def _forget_copies(self) -> None:
+        """Empty what a parent that was only named has copied from its child: nobody reads it."""
+        ids = self._run(self._select_copies)
+        for start in range(0, len(ids), _DELETE_SESSIONS):
+            batch = sorted(ids[start : start + _DELETE_SESSIONS])
+            self._run(partial(self._empty_copies, ids=batch), transaction=True)
+
     def session_tree(self, session_id: str | None = None) -> list[SessionNode]:
         if session_id is None:
             return trees.forest(self.get_sessions())
@@ -1040,6 +1175,58 @@ class BaseStore(ABC):
     @abstractmethod
     def _forget_deletions(self, connection: Any, age: int) -> None:
         """Forget deletions older than so many milliseconds."""
+
+    @abstractmethod
+    def _select_places(self, connection: Any, filters: Mapping[str, Any]) -> list[Any]:
+        """Rows of id, machine, directory and `exact`, of sessions that are no mere references."""
+
+    @abstractmethod
+    def _select_below(self, connection: Any, ids: list[str]) -> list[Any]:
+        """Rows of id, effective parent, transcript path and `exact`: these and all below them."""
+
+    @abstractmethod
+    def _count_belongings(self, connection: Any, ids: list[str]) -> Counter[str]:
+        """How many of the sessions are visible, how many events and messages they have."""
+
+    @abstractmethod
+    def _remember_forgotten(self, connection: Any, ids: list[str]) -> None:
+        """Remember that these sessions are deleted, also if they are not there."""
+
+    @abstractmethod
+    def _delete_some_events(self, connection: Any, ids: list[str], limit: int) -> int:
+        """Delete so many events of the sessions; how many there were."""
+
+    @abstractmethod
+    def _unname_parents(self, connection: Any, ids: list[str], limit: int) -> int:
+        """Let so many events name these sessions as their parents no more; how many there were."""
+
+    @abstractmethod
+    def _lock_kin(self, connection: Any, ids: list[str]) -> None:
+        """Lock the sessions, and what names them as parent or child, in the order of the ids."""
+
+    @abstractmethod
+    def _select_children(self, connection: Any, ids: list[str]) -> list[str]:
+        """The sessions whose effective parents these are."""
+
+    @abstractmethod
+    def _delete_kin(self, connection: Any, ids: list[str]) -> None:
+        """Delete the locked sessions, and their places in all lists."""
+
+    @abstractmethod
+    def _select_heads(self, connection: Any, filters: Mapping[str, Any], limit: int) -> list[Any]:
+        """Rows of id, session, timestamp, seq, machine and directory of events, in their order."""
+
+    @abstractmethod
+    def _delete_events(self, connection: Any, ids: list[str]) -> int:
+        """Delete events by their ids; how many there were."""
+
+    @abstractmethod
+    def _select_copies(self, connection: Any) -> list[str]:
+        """The mere references that have a machine or directory."""
+
+    @abstractmethod
+    def _empty_copies(self, connection: Any, ids: list[str]) -> None:
+        """Empty the machine and directory of those that are mere references."""
 
     @abstractmethod
     def _run_statements(self, connection: Any, statements: list[str]) -> None:

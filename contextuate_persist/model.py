@@ -225,6 +225,21 @@ class SaveResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """What `forget` has removed, or would."""
+
+    sessions: int = 0
+    events: int = 0
+    """Those of the sessions, and those that happened inside others."""
+    messages: int = 0
+    """API messages of the token ledger."""
+    session_ids: tuple[str, ...] = ()
+    """The sessions, those that were only named as a parent included."""
+    transcript_paths: tuple[str, ...] = ()
+    """Where the agent itself keeps what they said: files that no store removes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
     """How a store is doing; `latency_ms` is one round trip to the server."""
 

@@ -9,7 +9,8 @@ import os
 import re
 import threading
 import time
-from collections import OrderedDict, deque
+import uuid
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain
@@ -612,6 +613,136 @@ DELETE FROM deleted_sessions
 WHERE deleted_at < CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - %(age)s
 """
 
+# --- Forgetting -----------------------------------------------------------------------------------
+
+SELECT_PLACES = """
+SELECT s.session_id, s.machine_id, s.working_directory, s.exact
+FROM sessions AS s
+WHERE s.known_from <> 'reference'
+"""
+
+# Mere references are walked through, and walked from, too.
+SELECT_BELOW = """
+WITH RECURSIVE subtree (session_id) AS (
+    SELECT s.session_id
+    FROM JSON_TABLE(
+        %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+    ) AS asked
+    JOIN sessions AS s ON s.session_id = asked.session_id
+    UNION
+    SELECT child.session_id
+    FROM subtree JOIN sessions AS child ON child.effective_parent_id = subtree.session_id
+)
+SELECT s.session_id, s.effective_parent_id, s.transcript_path, s.exact
+FROM subtree JOIN sessions AS s ON s.session_id = subtree.session_id
+"""
+
+# One statement for each: as bytes their lists would need another way to read an answer.
+COUNT_BELONGINGS = {
+    "sessions": """
+SELECT COUNT(*)
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN sessions AS s ON s.session_id = asked.session_id
+WHERE s.known_from <> 'reference'
+""",
+    "events": """
+SELECT COUNT(*)
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN events AS e ON e.session_id = asked.session_id
+""",
+    "messages": """
+SELECT COUNT(*)
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN token_ledger AS t ON t.session_id = asked.session_id
+""",
+}
+
+# As REMEMBER_DELETIONS does, but by what is asked for, whether it is there or not.
+REMEMBER_FORGOTTEN = """
+INSERT INTO deleted_sessions (session_id, deleted_at)
+SELECT
+    asked.session_id,
+    GREATEST(
+        clock.now,
+        LEAST(
+            clock.now + 86400000,
+            COALESCE(
+                (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = asked.session_id), 0
+            )
+        )
+    )
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+CROSS JOIN (SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now) AS clock
+WHERE TRUE  -- or ON would belong to the join
+ON DUPLICATE KEY UPDATE
+    deleted_at = GREATEST(deleted_sessions.deleted_at, VALUES(deleted_at))
+"""
+
+DELETE_SOME_EVENTS = """
+DELETE FROM events
+WHERE session_id IN (%(session_ids)s)
+LIMIT {limit}
+"""
+
+UNNAME_PARENTS = """
+UPDATE events
+SET parent_session_id = NULL
+WHERE parent_session_id IN (%(session_ids)s)
+LIMIT {limit}
+"""
+
+SELECT_KIN = """
+SELECT s.session_id
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN sessions AS s ON s.session_id = asked.session_id
+UNION
+SELECT child.session_id
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN sessions AS child ON child.parent_session_id = asked.session_id
+"""
+
+SELECT_CHILDREN = """
+SELECT child.session_id
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN sessions AS child ON child.effective_parent_id = asked.session_id
+"""
+
+SELECT_HEADS = """
+SELECT BIN_TO_UUID(e.id), e.session_id, e.timestamp, e.seq, e.machine_id, e.working_directory
+FROM events AS e
+"""
+
+DELETE_EVENTS = """
+DELETE FROM events
+WHERE id IN (%(ids)s)
+"""
+
+SELECT_COPIES = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE s.known_from = 'reference' AND (s.machine_id <> '' OR s.working_directory <> '')
+"""
+
+EMPTY_COPIES = """
+UPDATE sessions
+SET machine_id = '', working_directory = '', exact = NULL
+WHERE session_id IN (%(session_ids)s) AND known_from = 'reference'
+"""
+
 # --- Server ---------------------------------------------------------------------------------------
 
 SELECT_VERSION = """
@@ -1180,6 +1311,74 @@ class MySQLStore(BaseStore):
 
     def _forget_deletions(self, connection: Any, age: int) -> None:
         _execute_write(connection, FORGET_DELETIONS, {"age": age})
+
+    # --- Forgetting -------------------------------------------------------------------------------
+
+    def _select_places(self, connection: Any, filters: Mapping[str, Any]) -> list[Any]:
+        query = SELECT_PLACES + "".join(f"AND {SESSION_CLAUSES[name]} " for name in filters)
+        return _execute(connection, query, filters)
+
+    def _select_below(self, connection: Any, ids: list[str]) -> list[Any]:
+        return _execute(connection, SELECT_BELOW, {"session_ids": records.json_list(ids)})
+
+    def _count_belongings(self, connection: Any, ids: list[str]) -> Counter[str]:
+        asked = {"session_ids": records.json_list(ids)}
+        return Counter(
+            {
+                name: _execute(connection, statement, asked)[0][0]
+                for name, statement in COUNT_BELONGINGS.items()
+            }
+        )
+
+    def _remember_forgotten(self, connection: Any, ids: list[str]) -> None:
+        asked = {"session_ids": records.json_list(ids)}
+        _execute_write(connection, REMEMBER_FORGOTTEN, asked)
+
+    def _delete_some_events(self, connection: Any, ids: list[str], limit: int) -> int:
+        return _send(connection, DELETE_SOME_EVENTS.format(limit=limit), {"session_ids": ids})
+
+    def _unname_parents(self, connection: Any, ids: list[str], limit: int) -> int:
+        return _send(connection, UNNAME_PARENTS.format(limit=limit), {"session_ids": ids})
+
+    def _lock_kin(self, connection: Any, ids: list[str]) -> None:
+        asked = {"session_ids": records.json_list(ids)}
+        kin = {row[0] for row in _execute(connection, SELECT_KIN, asked)}
+        kin.update(self._select_listing(connection, ids))
+        if kin:
+            _send(connection, LOCK_SESSIONS, {"session_ids": sorted(kin)})
+
+    def _select_children(self, connection: Any, ids: list[str]) -> list[str]:
+        rows = _execute(connection, SELECT_CHILDREN, {"session_ids": records.json_list(ids)})
+        return [row[0] for row in rows]
+
+    def _delete_kin(self, connection: Any, ids: list[str]) -> None:
+        listed = records.json_list(ids)
+        for session_id in self._select_listing(connection, ids):
+            parameters = {"session_ids": listed, "session_id": session_id}
+            _execute_write(connection, UNLIST_CHILDREN, parameters)
+        _send(connection, DELETE_SESSIONS, {"session_ids": ids})
+
+    def _select_heads(self, connection: Any, filters: Mapping[str, Any], limit: int) -> list[Any]:
+        clauses = [EVENT_CLAUSES[name] for name in filters]
+        parameters: dict[str, Any] = {**filters, "limit": limit}
+        if "after" in filters:
+            parameters["after_timestamp"], parameters["after_seq"] = filters["after"]
+        query = (
+            SELECT_HEADS
+            + (f"WHERE {' AND '.join(clauses)} " if clauses else "")
+            + "ORDER BY e.timestamp, e.seq LIMIT %(limit)s"
+        )
+        return _execute(connection, query, parameters)
+
+    def _delete_events(self, connection: Any, ids: list[str]) -> int:
+        return _send(connection, DELETE_EVENTS, {"ids": [uuid.UUID(one).bytes for one in ids]})
+
+    def _select_copies(self, connection: Any) -> list[str]:
+        return [row[0] for row in _execute(connection, SELECT_COPIES)]
+
+    def _empty_copies(self, connection: Any, ids: list[str]) -> None:
+        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
+        _send(connection, EMPTY_COPIES, {"session_ids": ids})
 
     # --- Server -----------------------------------------------------------------------------------
 

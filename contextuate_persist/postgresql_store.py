@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
@@ -584,6 +585,118 @@ WHERE s.session_id = ANY(%(session_ids)s::text[])
 FORGET_DELETIONS = """
 DELETE FROM deleted_sessions
 WHERE deleted_at < (extract(epoch FROM now()) * 1000)::bigint - %(age)s
+"""
+
+# --- Forgetting -----------------------------------------------------------------------------------
+
+SELECT_PLACES = """
+SELECT s.session_id, s.machine_id, s.working_directory, s.exact
+FROM sessions AS s
+WHERE s.known_from <> 'reference'
+"""
+
+# Mere references are walked through, and walked from, too.
+SELECT_BELOW = """
+WITH RECURSIVE subtree (session_id) AS (
+    SELECT s.session_id
+    FROM sessions AS s
+    WHERE s.session_id = ANY(%(session_ids)s::text[])
+    UNION
+    SELECT child.session_id
+    FROM subtree JOIN sessions AS child ON child.effective_parent_id = subtree.session_id
+)
+SELECT s.session_id, s.effective_parent_id, s.transcript_path, s.exact
+FROM subtree JOIN sessions AS s ON s.session_id = subtree.session_id
+"""
+
+COUNT_BELONGINGS = """
+SELECT
+    (
+        SELECT count(*)
+        FROM sessions AS s
+        WHERE s.session_id = ANY(%(session_ids)s::text[]) AND s.known_from <> 'reference'
+    ),
+    (SELECT count(*) FROM events AS e WHERE e.session_id = ANY(%(session_ids)s::text[])),
+    (SELECT count(*) FROM token_ledger AS t WHERE t.session_id = ANY(%(session_ids)s::text[]))
+"""
+
+# As REMEMBER_DELETIONS does, but by what is asked for, whether it is there or not.
+REMEMBER_FORGOTTEN = """
+INSERT INTO deleted_sessions (session_id, deleted_at)
+SELECT
+    asked.session_id,
+    GREATEST(
+        clock.now,
+        LEAST(
+            clock.now + 86400000,
+            COALESCE(
+                (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = asked.session_id), 0
+            )
+        )
+    )
+FROM unnest(%(session_ids)s::text[]) AS asked (session_id)
+CROSS JOIN (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now) AS clock
+ON CONFLICT (session_id) DO UPDATE SET
+    deleted_at = GREATEST(deleted_sessions.deleted_at, EXCLUDED.deleted_at)
+"""
+
+DELETE_SOME_EVENTS = """
+DELETE FROM events
+WHERE id = ANY(ARRAY(
+    SELECT e.id
+    FROM events AS e
+    WHERE e.session_id = ANY(%(session_ids)s::text[])
+    LIMIT %(limit)s
+))
+"""
+
+UNNAME_PARENTS = """
+UPDATE events
+SET parent_session_id = NULL
+WHERE id = ANY(ARRAY(
+    SELECT e.id
+    FROM events AS e
+    WHERE e.parent_session_id = ANY(%(session_ids)s::text[])
+    LIMIT %(limit)s
+))
+"""
+
+LOCK_KIN = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE s.session_id = ANY(%(session_ids)s::text[])
+    OR s.parent_session_id = ANY(%(session_ids)s::text[])
+    OR s.child_session_ids ?| %(session_ids)s::text[]
+ORDER BY s.session_id
+FOR UPDATE
+"""
+
+SELECT_CHILDREN = """
+SELECT child.session_id
+FROM sessions AS child
+WHERE child.effective_parent_id = ANY(%(session_ids)s::text[])
+"""
+
+SELECT_HEADS = """
+SELECT e.id::text, e.session_id, e.timestamp, e.seq, e.machine_id, e.working_directory
+FROM events AS e
+"""
+
+DELETE_EVENTS = """
+DELETE FROM events
+WHERE id = ANY(%(ids)s::uuid[])
+"""
+
+SELECT_COPIES = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE s.known_from = 'reference' AND (s.machine_id <> '' OR s.working_directory <> '')
+"""
+
+EMPTY_COPIES = """
+UPDATE sessions
+SET machine_id = '', working_directory = '', exact = NULL
+WHERE session_id = ANY(%(session_ids)s::text[]) AND known_from = 'reference'
 """
 
 # --- Server ---------------------------------------------------------------------------------------
@@ -1390,6 +1503,71 @@ class PostgreSQLStore(BaseStore):
 
     def _forget_deletions(self, connection: psycopg.Connection[Any], age: int) -> None:
         connection.execute(FORGET_DELETIONS, {"age": age})
+
+    # --- Forgetting -------------------------------------------------------------------------------
+
+    def _select_places(
+        self, connection: psycopg.Connection[Any], filters: Mapping[str, Any]
+    ) -> list[Any]:
+        query = SELECT_PLACES + "".join(f"AND {SESSION_CLAUSES[name]} " for name in filters)
+        return connection.execute(query, filters).fetchall()
+
+    def _select_below(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[Any]:
+        return connection.execute(SELECT_BELOW, {"session_ids": ids}).fetchall()
+
+    def _count_belongings(
+        self, connection: psycopg.Connection[Any], ids: list[str]
+    ) -> Counter[str]:
+        [counts] = connection.execute(COUNT_BELONGINGS, {"session_ids": ids}).fetchall()
+        return Counter(dict(zip(("sessions", "events", "messages"), counts, strict=True)))
+
+    def _remember_forgotten(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
+        connection.execute(REMEMBER_FORGOTTEN, {"session_ids": ids})
+
+    def _delete_some_events(
+        self, connection: psycopg.Connection[Any], ids: list[str], limit: int
+    ) -> int:
+        parameters = {"session_ids": ids, "limit": limit}
+        return connection.execute(DELETE_SOME_EVENTS, parameters).rowcount
+
+    def _unname_parents(
+        self, connection: psycopg.Connection[Any], ids: list[str], limit: int
+    ) -> int:
+        return connection.execute(UNNAME_PARENTS, {"session_ids": ids, "limit": limit}).rowcount
+
+    def _lock_kin(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
+        connection.execute(LOCK_KIN, {"session_ids": ids})
+
+    def _select_children(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[str]:
+        return [row[0] for row in connection.execute(SELECT_CHILDREN, {"session_ids": ids})]
+
+    def _delete_kin(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
+        connection.execute(UNLIST_CHILDREN, {"session_ids": ids})
+        connection.execute(DELETE_SESSIONS, {"session_ids": ids})
+
+    def _select_heads(
+        self, connection: psycopg.Connection[Any], filters: Mapping[str, Any], limit: int
+    ) -> list[Any]:
+        clauses = [EVENT_CLAUSES[name] for name in filters]
+        parameters: dict[str, Any] = {**filters, "limit": limit}
+        if "after" in filters:
+            parameters["after_timestamp"], parameters["after_seq"] = filters["after"]
+        query = (
+            SELECT_HEADS
+            + (f"WHERE {' AND '.join(clauses)} " if clauses else "")
+            + "ORDER BY e.timestamp, e.seq LIMIT %(limit)s"
+        )
+        return connection.execute(query, parameters).fetchall()
+
+    def _delete_events(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:
+        return connection.execute(DELETE_EVENTS, {"ids": ids}).rowcount
+
+    def _select_copies(self, connection: psycopg.Connection[Any]) -> list[str]:
+        return [row[0] for row in connection.execute(SELECT_COPIES)]
+
+    def _empty_copies(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
+        self._lock_sessions(connection, ids)
+        connection.execute(EMPTY_COPIES, {"session_ids": ids})
 
     # --- Server -----------------------------------------------------------------------------------
 

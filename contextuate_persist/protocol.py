@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, overload, r
 
 from contextuate_persist.model import (
     Cursor,
+    Forgotten,
     Health,
     MessageUsage,
     MonitorEvent,
@@ -302,6 +303,31 @@ class PersistenceStore(Protocol):
 
         A session without an end goes by its last event, else its start. Pinned ones are kept, and a
         tree (linked by effective parents, also by one that is not stored) goes only as a whole.
+        """
+        ...
+
+    def forget(
+        self,
+        *,
+        session_id: str | None = None,
+        machine_id: str | None = None,
+        working_directory: str | None = None,
+        dry_run: bool = False,
+    ) -> Forgotten:
+        """Remove everything about one of a session, a machine and a directory.
+
+        A session goes with all below it, by effective parents: what sub-agents were told quotes it.
+        A machine, or a directory and what is below it (byte for byte), goes with its sessions, each
+        with all below, and with its events inside other sessions. Pinned ones go, too. Afterwards
+        no list and no event names what is gone; nothing found is no error.
+
+        What stays is the bare id of each session, so that what is delivered late does not bring it
+        back, as after `delete_session`. Events that were removed from inside other sessions are not
+        remembered: delivered again, they are stored again.
+
+        Works in transactions of some hundred sessions, or some thousand events; one that fails
+        leaves the rest to a second call. With `dry_run` nothing is changed. Raises InvalidRecord
+        unless just one is given.
         """
         ...
 

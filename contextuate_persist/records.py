@@ -339,5 +339,11 @@ def session_from_row(row: Sequence[Any]) -> SessionMeta:
     return SessionMeta(**values)
 
 
+def exact_text(name: str, column: str | None, exact: bytes | str | None) -> str | None:
+    """A text of a session, from its column and the session's exact texts."""
+    packed = orjson.loads(exact).get(name) if exact else None
+    return column if packed is None else payload.unpack_text(packed)
+
+
 def _json(value: Any) -> Any:
     return orjson.loads(value) if value else []

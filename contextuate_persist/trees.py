@@ -77,6 +77,22 @@ def groups(links: Mapping[str, str | None]) -> list[list[str]]:
     return list(members.values())
 
 
+def deepest_first(links: Mapping[str, str | None], roots: Iterable[str]) -> list[str]:
+    """The ids at and below the roots, by their parents, each before the one above it."""
+    children: dict[str, list[str]] = {}
+    for node in sorted(links):
+        parent = links[node]
+        if parent is not None:
+            children.setdefault(parent, []).append(node)
+    found = dict.fromkeys(sorted(root for root in roots if root in links))
+    queue = list(found)
+    for node in queue:  # grows meanwhile
+        below = [child for child in children.get(node, ()) if child not in found]
+        found |= dict.fromkeys(below)
+        queue += below
+    return queue[::-1]
+
+
 def whole_trees(rows: Iterable[tuple[str, str | None, bool]]) -> list[str]:
     """The ids, of rows of id, effective parent and due, in whose tree everything is due."""
     parents: dict[str, str | None] = {}

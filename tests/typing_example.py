@@ -19,6 +19,7 @@ from contextuate_persist import (
     AsyncReceipt,
     Cursor,
     EventWriter,
+    Forgotten,
     Health,
     InvalidBatch,
     MessageUsage,
@@ -91,6 +92,7 @@ def use(store: PersistenceStore) -> None:
     assert_type(store.get_sessions(status="active", hidden=False), list[SessionMeta])
     assert_type(store.session_tree(), list[SessionNode])
     assert_type(store.prune_old_sessions(older_than=1_700_000_000_000), int)
+    assert_type(store.forget(machine_id="laptop", dry_run=True), Forgotten)
     usage = MessageUsage(message_id="msg_1", timestamp=1_700_000_000_000, output_tokens=5)
     assert_type(store.save_usage("a", [usage]), int)
     assert_type(store.health(), Health)
