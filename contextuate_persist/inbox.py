@@ -26,6 +26,8 @@ MAX_FILE_BYTES = 64 * 2**20
 
 _LOCK = ".lock"
 _BAD = "bad"
+_WHY = ".why"
+_UNFINISHED = 3600  # seconds
 
 
 def leave(directory: str | Path, body: bytes) -> str:
@@ -98,7 +100,7 @@ class Inbox:
         names = sorted(name for name in os.listdir(self.directory) if self._is_new(name))
         for name in names[:limit]:
             try:
-                body = self._read(name)
+                body = _read(self.directory / name)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
@@ -109,17 +111,6 @@ class Inbox:
 
     def _is_new(self, name: str) -> bool:
         return not name.startswith(".") and name != _BAD and name not in self._taken
-
-    def _read(self, name: str) -> bytes:
-        # Neither a link to somebody else's file nor a pipe that never ends.
-        descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no file")
-            if found.st_size > MAX_FILE_BYTES:
-                raise ValueError(f"it has {found.st_size:,} bytes, at most {MAX_FILE_BYTES:,} fit")
-            return file.read()
 
     def done(self, name: str) -> None:
         """What was in this file is safe elsewhere: remove it."""
@@ -138,5 +129,49 @@ class Inbox:
         bad.mkdir(mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             (self.directory / name).rename(bad / name)
-            (bad / f"{name}.why").write_text(reason + "\n", encoding="utf-8", errors="replace")
+            (bad / f"{name}{_WHY}").write_text(reason + "\n", encoding="utf-8", errors="replace")
         self._taken.discard(name)
+
+
+def all_files(directory: str | Path) -> Iterator[tuple[Path, bytes | None]]:
+    """Every file of an inbox with its content, None if that cannot be read; takes nothing.
+
+    Also those that were set aside, and those that nobody has finished within an hour.
+    """
+    place = Path(directory)
+    for folder in (place, place / _BAD):
+        try:
+            names = sorted(os.listdir(folder))
+        except FileNotFoundError:
+            continue
+        for name in names:
+            path = folder / name
+            is_note = folder != place and name.endswith(_WHY)
+            if is_note or path in (place / _BAD, place / _LOCK):
+                continue
+            try:
+                if name.startswith(".") and time.time() - path.lstat().st_mtime < _UNFINISHED:
+                    continue
+                yield path, _read(path)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError):
+                yield path, None
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file of an inbox, and the note beside one that was set aside."""
+    path.with_name(path.name + _WHY).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes:
+    # Neither a link to somebody else's file nor a pipe that never ends.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is no file")
+        if found.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"it has {found.st_size:,} bytes, at most {MAX_FILE_BYTES:,} fit")
+        return file.read()

@@ -17,7 +17,7 @@ import secrets
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ _CHECKED_FROM = 12  # where in the header the checksum begins
 # Never by way of a link that somebody else has put there.
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 _NAME = re.compile(r"(\d{20})-([0-9a-f]{16})\.log")
+_REPLACEMENT = ".replacement"
 
 
 class Record(NamedTuple):
@@ -77,6 +78,7 @@ class Spool:
         self.last = 0
         self.size = 0  # bytes on disk
         self.damages: list[str] = []
+        self.unread: list[Path] = []  # files that the disk does not give
         self._segment_bytes = segment_bytes
         self._files = threading.Lock()  # held to change the list of them
         self._segments: list[_Segment] = []
@@ -91,6 +93,7 @@ class Spool:
         Raises ConfigurationError while another process has it, SpoolError if it cannot be used.
         """
         self.damages = []
+        self.unread = []
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_private(self.directory)
@@ -101,6 +104,9 @@ class Spool:
             self.acknowledged = self.last = _read_number(self._marking)
             with contextlib.suppress(OSError):  # its place, for when the disk is full
                 os.pwrite(self._marking, b"%020d\n" % self.acknowledged, 0)
+            for name in os.listdir(self.directory):
+                if name.endswith(_REPLACEMENT):  # of somebody who was killed meanwhile
+                    (self.directory / name).unlink()
             records = sum(map(self._scan, _segments_of(self.directory)))
             self._remove_finished()
         except OSError as error:
@@ -143,12 +149,7 @@ class Spool:
         """Write records, numbered upwards, and wait until the disk has them; raises OSError."""
         with self._files:
             segment = self._current()
-        pieces: list[bytes] = []
-        for number, accepted, body in records:
-            head = _HEADER.pack(segment.mark, 0, len(body), number, accepted)[_CHECKED_FROM:]
-            checksum = zlib.crc32(body, zlib.crc32(head))
-            pieces += (segment.mark, checksum.to_bytes(4, "big"), head, body)
-        data = b"".join(pieces)
+        data = _packed(records, segment.mark)
         assert self._writing is not None  # noqa: S101  (opened by _current)
         try:
             _write(self._writing, data)
@@ -215,6 +216,52 @@ class Spool:
                 except OSError as error:
                     log.warning("spool %s: %s; some records may come again", self.directory, error)
 
+    def rewrite(self, edit: Callable[[bytes], bytes | None]) -> int:
+        """Let `edit` change the body of each record, or remove it; returns how many are gone.
+
+        For an open spool that nobody appends to yet. What is done with goes from the disk, too. A
+        file is replaced as a whole: whoever is killed meanwhile has lost nothing else, and can do
+        it again. Raises SpoolError.
+        """
+        gone = seen = 0
+        try:
+            for segment in [*self._segments]:
+                data = segment.path.read_bytes()
+                kept: list[Record] = []
+                for record, _ in _records(data, segment.mark):
+                    if record.number > self.acknowledged:
+                        body = edit(record.body)
+                        gone += body is None and record.number > seen
+                        if body is not None:
+                            kept.append(record._replace(body=body))
+                    seen = max(seen, record.number)
+                self._replace(segment, data, kept)
+        except OSError as error:
+            raise SpoolError(f"{self.directory}: {error.strerror or error}") from error
+        return gone
+
+    def _replace(self, segment: _Segment, data: bytes, kept: list[Record]) -> None:
+        wanted = _packed(kept, segment.mark)
+        if wanted == data:
+            return
+        if kept:
+            path = segment.path.with_suffix(_REPLACEMENT)
+            descriptor = os.open(path, _FILE | os.O_TRUNC, 0o600)
+            try:
+                _write(descriptor, wanted)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            path.rename(segment.path)
+        else:
+            segment.path.unlink()
+            self._segments.remove(segment)
+        sync_directory(self.directory)
+        self.size += len(wanted) - len(data)
+        segment.size = len(wanted)
+        segment.last = kept[-1].number if kept else 0
+        self._place = (0, None, 0)
+
     def _mark_acknowledged(self) -> None:
         assert self._marking is not None  # noqa: S101  (open)
         os.pwrite(self._marking, b"%020d\n" % self.acknowledged, 0)
@@ -244,6 +291,7 @@ class Spool:
             if error.errno not in (errno.EIO, errno.EACCES, errno.EISDIR):
                 raise
             self._report(f"{segment.path.name}: {error.strerror}")
+            self.unread.append(segment.path)
             return 0
         segment.size = len(data)
         damages: list[tuple[int, int]] = []
@@ -322,8 +370,23 @@ class Spool:
 
 def spool_state(directory: str | Path) -> SpoolState:
     """Look into a spool without taking it; raises SpoolError if there is something in the way."""
-    directory = Path(directory)
     records, size, oldest = 0, 0, None
+    for data_size, waiting in _look(Path(directory)):
+        size += data_size
+        for record in waiting:
+            records += 1
+            oldest = min(record.accepted, oldest or record.accepted)
+    return SpoolState(records, size, oldest)
+
+
+def waiting_records(directory: str | Path) -> Iterator[Record]:
+    """What waits in a spool, without taking it; raises SpoolError as `spool_state` does."""
+    for _, waiting in _look(Path(directory)):
+        yield from waiting
+
+
+def _look(directory: Path) -> Iterator[tuple[int, list[Record]]]:
+    """The files of a spool: their sizes, and the records that are not done with."""
     try:
         acknowledged = 0
         with contextlib.suppress(FileNotFoundError):
@@ -333,20 +396,26 @@ def spool_state(directory: str | Path) -> SpoolState:
                 data = segment.path.read_bytes()
             except FileNotFoundError:  # the process that has the spool is done with it
                 continue
-            size += len(data)
-            for record, _ in _records(data, segment.mark):
-                if record.number > acknowledged:
-                    records += 1
-                    oldest = min(record.accepted, oldest or record.accepted)
+            records = (record for record, _ in _records(data, segment.mark))
+            yield len(data), [record for record in records if record.number > acknowledged]
     except OSError as error:
         raise SpoolError(f"{directory}: {error.strerror or error}") from error
-    return SpoolState(records, size, oldest)
 
 
 def _segments_of(directory: Path) -> list[_Segment]:
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     found = ((directory / name, _NAME.fullmatch(name)) for name in names)
     return [_Segment(path, bytes.fromhex(match[2])) for path, match in found if match]
+
+
+def _packed(records: Iterable[Record], mark: bytes) -> bytes:
+    """The records as they lie in a file of this mark."""
+    pieces: list[bytes] = []
+    for number, accepted, body in records:
+        head = _HEADER.pack(mark, 0, len(body), number, accepted)[_CHECKED_FROM:]
+        checksum = zlib.crc32(body, zlib.crc32(head))
+        pieces += (mark, checksum.to_bytes(4, "big"), head, body)
+    return b"".join(pieces)
 
 
 def _records(

@@ -423,3 +423,106 @@ def test_a_dead_letter_that_cannot_be_written_leaves_nothing(
     with pytest.raises(OSError, match="No space"):
         letters.add(Refused("event", {}, "why"), 1_700_000_000_000)
     assert list((directory / "dead").iterdir()) == []
+
+
+# --- Rewriting ------------------------------------------------------------------------------------
+
+
+def several_files(directory: Path) -> list[Record]:
+    """Records 1 to 30 in files of some; 1 to 8 are done with."""
+    spool = opened(directory, segment_bytes=200)
+    for n in range(1, 31, 3):
+        spool.append(records(n, 3))
+    spool.acknowledge(8)
+    spool.close()
+    assert len(segments(directory)) > 3
+    return records(9, 22)
+
+
+def test_records_are_removed_and_changed_in_their_places(directory: Path) -> None:
+    waiting = several_files(directory)
+    spool = opened(directory)
+
+    def edit(body: bytes) -> bytes | None:
+        number = int(body.split(b"-")[0])
+        if number % 5 == 0 or 13 <= number <= 22:
+            return None
+        return b"%d-changed" % number if number % 2 else body
+
+    assert spool.rewrite(edit) == 13
+    expected = [one._replace(body=body) for one in waiting if (body := edit(one.body)) is not None]
+    assert everything(spool, after=8) == expected
+    assert spool.size == sum(path.stat().st_size for path in segments(directory))
+    # What is done with is gone, too, although its file was not full of it.
+    assert not any(b"-8-x" in path.read_bytes() for path in segments(directory))
+    assert spool.rewrite(edit) == 0
+    spool.append(records(31, 2))
+    spool.close()
+    again = Spool(directory)
+    assert again.open() == len(expected) + 2
+    assert everything(again) == [*expected, *records(31, 2)]
+    again.acknowledge(29)
+    again.close()
+    assert spool_state(directory).records == 2
+
+
+def test_all_can_be_removed(directory: Path) -> None:
+    several_files(directory)
+    spool = opened(directory)
+    assert spool.rewrite(lambda body: None) == 22
+    assert (segments(directory), spool.size, everything(spool)) == ([], 0, [])
+    spool.append(records(31, 1))
+    assert everything(spool) == records(31, 1)
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "unlink"])
+def test_whoever_is_killed_while_he_removes_loses_nothing_else(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    waiting = several_files(directory)
+    place = {"fsync": os, "rename": Path, "unlink": Path}[call]
+    original, calls, limit = getattr(place, call), 0, 0
+    done = False
+
+    def killed(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    while not done:
+        limit, calls = limit + 1, 0
+        spool = opened(directory)
+        kept = [one.number for one in everything(spool, after=8)]
+        assert {9, *range(20, 31)} <= set(kept)
+        assert kept == sorted(kept)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, call, killed)
+            try:
+                spool.rewrite(lambda body: None if 10 <= int(body[:2].strip(b"-")) < 20 else body)
+                done = True
+            except KeyboardInterrupt:
+                pass
+        spool.close()
+    assert limit > 1
+    spool = opened(directory)
+    assert everything(spool, after=8) == [one for one in waiting if not 10 <= one.number < 20]
+    spool.close()
+    assert {path.suffix for path in directory.iterdir()} == {"", ".log"}
+
+
+def test_a_disk_that_fails_meanwhile_is_told(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = several_files(directory)
+    spool = opened(directory)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SpoolError, match="No space left"):
+            spool.rewrite(lambda body: None if b"12-" in body else body)
+    assert everything(spool, after=8) == waiting
