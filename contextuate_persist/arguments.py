@@ -148,6 +148,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_spool(command("spool", "what waits on this machine for the database: see it, store it"))
     _add_dead(command("dead", "what was set aside since no database takes it: see it, try again"))
+    _add_forget(
+        command(
+            "forget",
+            "remove everything about a session, a machine or a directory, here and in the database",
+            epilog=_FORGET_EPILOG,
+        )
+    )
     _add_hook(command("hook", "have Claude Code tell what it does: a command in its settings"))
     _add_bench(command("bench", "measure a server, in a schema or database of its own there"))
     return parser
@@ -192,6 +199,36 @@ def _add_dead(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("ids", nargs="*", metavar="ID", help="which (replay: all without any)")
     _add_directory(parser)
+
+
+_FORGET_EPILOG = """\
+Pinned sessions go, too. A session takes along those below it in its tree; a machine or directory
+its sessions, and what happened there inside others. The report says what may still hold them, such
+as backups. Exit status: 0 if nothing is left here, 1 if something could not be looked at or
+removed, above all since a daemon works on the spool."""
+
+
+def _add_forget(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--session", metavar="ID", help="this session and those below it")
+    what.add_argument("--machine", metavar="ID", help="what happened on this machine")
+    what.add_argument(
+        "--directory", metavar="PATH", help="what happened in this directory and below it"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, only")
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--spool",
+        metavar="DIR",
+        type=Path,
+        help="the writer's spool (environment: CONTEXTUATE_SPOOL; else below ~/.contextuate)",
+    )
+    parser.add_argument(
+        "--inbox",
+        metavar="DIR",
+        type=Path,
+        help="the hooks' inbox (environment: CONTEXTUATE_INBOX; else below ~/.contextuate)",
+    )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import parse_qs, urlsplit
 
-from contextuate_persist import display, hook_command, queue_commands
+from contextuate_persist import display, hook_command, privacy, queue_commands
 from contextuate_persist.arguments import PROGRAM, make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL, open_store
@@ -294,6 +294,10 @@ def _dead(args: argparse.Namespace) -> int:
     return queue_commands.dead(args, _store)
 
 
+def _forget(args: argparse.Namespace) -> int:
+    return privacy.run(args, _store)
+
+
 def _camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.capitalize() for word in rest)
@@ -315,6 +319,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "setup": _setup,
     "spool": _spool,
     "dead": _dead,
+    "forget": _forget,
     "hook": hook_command.run,
     "bench": _bench,
 }

@@ -20,11 +20,13 @@ import contextuate_persist
 from contextuate_persist.arguments import make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL
+from contextuate_persist.privacy import REMAINS
 from contextuate_persist.writer import ENVIRONMENT_SPOOL
 from tests.conftest import Database
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "schemas" / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
@@ -64,6 +66,29 @@ def test_the_code_in_the_readme_runs(
         assert len(block.splitlines()) <= 20
         exec(compile(block, "README.md", "exec"), {})
     assert capsys.readouterr().out == "['Fix it'] {'tool_call': 1}\n"
+
+
+def test_the_code_in_the_guide_runs(
+    configured: BaseStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    exec(compile(block, "schemas/README.md", "exec"), {})
+    assert capsys.readouterr().out == "{'command': 'deploy TOKEN=[removed]'}\n1\n"
+
+
+def test_the_guide_names_all_that_may_remain_after_forgetting() -> None:
+    chapter = GUIDE.partition("## Privacy")[2].partition("\n## ")[0]
+    words = {
+        "backups": "Backups",
+        "server": "`VACUUM`",
+        "otherMachines": "other machines",
+        "agents": "transcripts",
+        "quotes": "other payloads quote",
+        "original": "moved them\naside",
+        "ids": "90 days",
+    }
+    assert words.keys() == REMAINS.keys()
+    assert [word for word in words.values() if word not in chapter] == []
 
 
 def test_the_quickstart_runs_twice(
@@ -135,9 +160,11 @@ def test_the_reference_documents_all_that_is_public_and_nothing_else(tmp_path: P
 
 
 def test_every_link_leads_somewhere() -> None:
-    for document in (ROOT / "README.md", ROOT / "CHANGELOG.md"):
+    for name in ("README.md", "CHANGELOG.md", "schemas/README.md"):
+        document = ROOT / name
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (ROOT / target).exists(), target
+            found = target.startswith("https://") or (document.parent / target).exists()
+            assert found, target
 
 
 def test_the_readme_is_one_that_people_read() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from typing import Any
@@ -389,10 +390,8 @@ def test_writers_and_who_forgets_do_not_stop_each_other(store: BaseStore) -> Non
                     event(name, 4 * T0 + n, parent_session_id=f"s{(n + 1) % 6}" if n % 2 else None)
                     for name in names
                 )
-                try:
+                with contextlib.suppress(SessionNotFound):
                     store.save_usage(names[0], [usage(f"m{n % 9}", n)])
-                except SessionNotFound:
-                    pass
         except BaseException as error:
             failures.append(error)
 
