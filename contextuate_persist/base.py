@@ -64,7 +64,7 @@ _LOST_ATTEMPTS = 6
 _PAGE_ROWS = 128
 _PAGE_BYTES = 4 * 2**20
 _DELETE_SESSIONS = 200
-_DELETE_EVENTS = 5000
+_DELETE_EVENTS = 1000
 _LONGEST_TIMEOUT = 1_000_000  # seconds; in milliseconds it still fits the servers' settings
 
 

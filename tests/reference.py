@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from contextuate_persist import (
+    Forgotten,
     MessageUsage,
     MonitorEvent,
     SessionMeta,
@@ -14,6 +15,7 @@ from contextuate_persist import (
     TokenUsage,
 )
 from contextuate_persist.model import MAX_TOKENS, USAGE_COUNTS
+from contextuate_persist.subject import Subject
 
 FLAGS = {"is_user_initiated": True, "is_pinned": False, "hidden": False}
 LEFT_BY_NONE = (
@@ -215,6 +217,46 @@ class ReferenceStore:
             self._set(other, child_session_ids=listed)
             if other.session.parent_session_id in ids:
                 self._set(other, parent_session_id=None)
+
+    def forget(self, **given: str) -> Forgotten:
+        subject = Subject.of(*map(given.get, ("session_id", "machine_id", "working_directory")))
+        before = len(self.events), len(self.ledger)
+        ids = {given["session_id"]} if "session_id" in given else set()
+        for name, known in self.known.items():
+            place = known.session.machine_id, known.session.working_directory
+            if known.source != "reference" and subject.is_at(*place):
+                ids.add(name)
+        while below := {
+            name
+            for name, known in self.known.items()
+            if known.session.effective_parent_id in ids and name not in ids
+        }:
+            ids |= below
+        known_ids = ids & self.known.keys()
+        shown = sum(self.known[name].source != "reference" for name in known_ids)
+        paths = {self.known[name].session.transcript_path for name in known_ids} - {None, ""}
+        for name in ids:  # those that were only named, or not even that, leave a trace, too
+            if name not in self.known:
+                self.known[name] = Known(
+                    SessionMeta(session_id=name, machine_id="", working_directory="", start_time=0),
+                    "session",
+                )
+            self.known[name].source = "session"
+        self._remove(list(ids))
+        self.events = [
+            dataclasses.replace(event, parent_session_id=None)
+            if event.parent_session_id in ids
+            else event
+            for event in self.events
+            if not subject.is_at(event.machine_id, event.working_directory)
+        ]
+        return Forgotten(
+            sessions=shown,
+            events=before[0] - len(self.events),
+            messages=before[1] - len(self.ledger),
+            session_ids=tuple(sorted(known_ids)),
+            transcript_paths=tuple(sorted(map(str, paths))),
+        )
 
     def prune_old_sessions(self, older_than: int) -> int:
         trees = self._trees()

@@ -642,6 +642,30 @@ def test_pruning_reads_all_sessions_but_of_events_only_the_last(full: BaseStore)
     check(plans, expected[full.backend], whole, whole)
 
 
+@pytest.mark.parametrize("kind", ["session_id", "machine_id", "working_directory"])
+def test_what_is_forgotten_is_found_by_indexes(full: BaseStore, kind: str) -> None:
+    family(full)
+    place = {"machine_id": "forgotten", "working_directory": "/forgotten"}
+    full.update_session("doomed", **place)  # type: ignore[arg-type]
+    with watched(full) as plans:
+        subject: dict[str, Any] = {"session_id": "doomed", **place}
+        assert full.forget(**{kind: subject[kind]}).sessions == 2
+    expected = {
+        "postgresql": "sessions_pkey idx_sessions_effective_parent idx_sessions_child_ids"
+        " idx_events_session_timestamp idx_events_parent_session idx_token_ledger_session",
+        "mysql": "sessions.PRIMARY idx_parent_session_id idx_effective_parent events.PRIMARY"
+        " idx_parent_session idx_token_ledger_session",
+    }
+    named = {
+        "session_id": ("", ""),
+        "machine_id": ("idx_events_machine_timestamp", "idx_machine_timestamp"),
+        "working_directory": ("idx_events_timestamp", "idx_timestamp"),
+    }[kind][full.backend == "mysql"]
+    # The mere references, and the sessions of a directory, are looked for among all.
+    check(plans, f"{expected[full.backend]} {named}", {"s", "sessions"}, {"s"})
+    full.delete_session("above")
+
+
 # --- Indexes --------------------------------------------------------------------------------------
 
 # Those that serve no statement of the stores, and what they are for.

@@ -105,6 +105,11 @@ updates = st.fixed_dictionaries(
         "working_directory": texts,
     },
 )
+subjects = st.one_of(
+    st.builds(dict, session_id=names),
+    st.builds(dict, machine_id=st.sampled_from(["m", "m1", "m2"])),
+    st.builds(dict, working_directory=texts.filter(bool)),
+)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -161,6 +166,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def delete_all_sessions(self) -> None:
         assert self.store.delete_all_sessions() == self.model.delete_all_sessions()
+
+    @rule(subject=subjects)
+    def forget(self, subject: dict[str, str]) -> None:
+        dry = self.store.forget(**subject, dry_run=True)  # type: ignore[arg-type]
+        assert self.store.forget(**subject) == dry == self.model.forget(**subject)  # type: ignore[arg-type]
 
     @rule(older_than=times)
     def prune(self, older_than: int) -> None:
