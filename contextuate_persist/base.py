@@ -10,7 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from enum import Enum
 from functools import partial
 from types import TracebackType
@@ -74,9 +74,11 @@ class Fault(Enum):
     CONFLICT = "deadlock or serialization failure: try the transaction again"
     LOST = "the connection is gone: try again on another"
     STALE = "the connection holds an outdated plan: try again on another"
-    TIMEOUT = "a wait is over"
+    TIMEOUT = "the server took too long"
+    BUSY = "a wait for others is over: for a lock, for a free connection"
     DATA = "a value that the server does not take"
-    REFUSED = "the server says no"
+    REFUSED = "the server says no, perhaps to one row only"
+    UNFIT = "the server says no to all: its disk is full, it is read-only"
 
 
 class ServerRefusedData(InvalidRecord):
@@ -97,6 +99,16 @@ class Oversized(Exception):
 
 class _Undo(Exception):
     """Undo a transaction that has shown what it was to show."""
+
+
+def trial_session(machine_id: str) -> SessionMeta:
+    """A session that is saved to see whether one can be, and never kept."""
+    return SessionMeta(
+        session_id="contextuate-persist",
+        machine_id=machine_id,
+        working_directory="/",
+        start_time=time.time_ns() // 1_000_000,
+    )
 
 
 def is_newer(row: Event, deleted: Mapping[str, int]) -> bool:
@@ -972,21 +984,39 @@ class BaseStore(ABC):
         """Act as the server's administrator, whose URL this store was made with."""
         return self._administration(names)
 
-    def try_writing(self) -> None:
-        """Save a session and undo that; raises what a save raises."""
-        session = SessionMeta(
-            session_id="contextuate-persist",
-            machine_id="contextuate-persist",
-            working_directory="/",
-            start_time=time.time_ns() // 1_000_000,
-        )
+    def try_writing(
+        self, record: EventRow | SessionMeta | None = None, fields: Iterable[str] = ()
+    ) -> bool:
+        """Save a session, or a new event, set fields of the session, and undo all that.
 
-        def write(connection: Any) -> None:
-            self._upsert_sessions(connection, [], [records.session_parameters(session)])
-            raise _Undo
+        False if there was nothing to undo: an event of a deleted session leaves nothing. Raises
+        what saving and updating raise.
+        """
+        if isinstance(record, EventRow):
+            row = record
 
-        with suppress(_Undo):
+            def write(connection: Any) -> None:
+                if self._insert_events(connection, [row], False):
+                    raise _Undo
+
+        else:
+            session = record or trial_session("contextuate-persist")
+            values = records.session_parameters(session)
+
+            def write(connection: Any) -> None:
+                self._upsert_sessions(connection, [], [values])
+                if fields:
+                    columns = {name: values[name] for name in fields}
+                    self._update_session(connection, session.session_id, columns)
+                raise _Undo
+
+        try:
             self._run(write, transaction=True)
+        except _Undo:
+            return True
+        except StartOver:
+            pass
+        return False
 
     # --- Running ----------------------------------------------------------------------------------
 
@@ -1031,9 +1061,16 @@ class BaseStore(ABC):
         reason = " ".join(self._words(error).split())
         if fault is Fault.DATA:
             return ServerRefusedData(f"record: refused by the server: {reason}")
-        if fault is Fault.REFUSED:
-            return StoreRefused(f"{self._place}: {reason}")
-        return StoreUnavailable(f"{self._place}: {reason}")
+        kind = StoreRefused if fault in (Fault.REFUSED, Fault.UNFIT) else StoreUnavailable
+        raised = kind(f"{self._place}: {reason}")
+        raised.perhaps_one = self._may_mean_one(fault)
+        return raised
+
+    def _may_mean_one(self, fault: Fault) -> bool:
+        """Whether it may be the row: a trigger that is slow for it, a server that dies of it."""
+        if fault is Fault.TIMEOUT:  # else it may have been a wait for somebody's lock
+            return self._lock_timeout < self._statement_timeout
+        return fault in (Fault.REFUSED, Fault.LOST)
 
     def _words(self, error: Exception) -> str:
         """What an error says, without what may be a payload."""

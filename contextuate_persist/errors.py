@@ -22,6 +22,9 @@ from dataclasses import dataclass
 class PersistenceError(Exception):
     """Base of every error that this library raises on purpose."""
 
+    #: Whether the server may have meant one record of several, not all; the writer then looks.
+    perhaps_one = False
+
 
 class ConfigurationError(PersistenceError):
     """Settings that cannot work; the message names the setting and the fix."""

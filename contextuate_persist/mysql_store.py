@@ -1117,7 +1117,9 @@ class MySQLStore(BaseStore):
             # The driver calls it a lost connection that we gave up. So waits a server whose log is
             # on a full disk: it says nothing until somebody makes room.
             reason = f"the server did not answer within {self._statement_timeout:g} s"
-            return StoreUnavailable(f"{self._place}: {reason}")
+            raised = StoreUnavailable(f"{self._place}: {reason}")
+            raised.perhaps_one = self._may_mean_one(fault)
+            return raised
         return super()._error(fault, error)
 
     # --- Events -----------------------------------------------------------------------------------
@@ -2150,7 +2152,7 @@ def _reason(error: Exception) -> str:
 
 
 #: Faults after which a connection is not used again; the last might be a server gone read-only.
-UNUSABLE_AFTER = (Fault.LOST, Fault.STALE, Fault.REFUSED)
+UNUSABLE_AFTER = (Fault.LOST, Fault.STALE, Fault.REFUSED, Fault.UNFIT)
 
 #: Wrong password, no access to the database, no such database: the same tomorrow.
 REFUSED_LOGINS = {1044, 1045, 1049, 1698}
@@ -2173,10 +2175,24 @@ FAULTS = {
     1452: Fault.CONFLICT,  # the session was deleted while we inserted
     1243: Fault.STALE,
     1615: Fault.STALE,
-    1205: Fault.TIMEOUT,  # innodb_lock_wait_timeout
+    1205: Fault.BUSY,  # innodb_lock_wait_timeout
     3024: Fault.TIMEOUT,  # max_execution_time
-    1040: Fault.TIMEOUT,  # too many connections
-    1461: Fault.TIMEOUT,  # too many prepared statements
+    1040: Fault.BUSY,  # too many connections
+    1461: Fault.BUSY,  # too many prepared statements
+    3: Fault.UNFIT,  # what the operating system says, up to 28
+    20: Fault.UNFIT,
+    28: Fault.UNFIT,
+    1021: Fault.UNFIT,  # disk full
+    1026: Fault.UNFIT,
+    1030: Fault.UNFIT,  # the storage engine's own word
+    1037: Fault.UNFIT,  # memory full
+    1038: Fault.UNFIT,
+    1041: Fault.UNFIT,
+    1114: Fault.UNFIT,  # table, and so disk, full
+    1290: Fault.UNFIT,  # read-only
+    1792: Fault.UNFIT,
+    1836: Fault.UNFIT,
+    3100: Fault.UNFIT,  # a group of servers takes nothing
     1048: Fault.DATA,
     1153: Fault.DATA,  # over max_allowed_packet
     1264: Fault.DATA,

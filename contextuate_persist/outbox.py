@@ -283,6 +283,11 @@ class Outbox:
             first.append(item)
         return first
 
+    def waiting(self, most: int) -> list[Item]:
+        """The first so many of those that are in front, what is being sent among them."""
+        with self._lock:
+            return [*itertools.islice(self._front, most)]
+
     def _fetch(self, after: int, to: int) -> None:
         """Bring items that only the spool has to the front."""
         records = self._spool.read(after, self._half // 2, ITEM_BYTES)

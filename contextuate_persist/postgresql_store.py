@@ -1098,6 +1098,7 @@ class PostgreSQLStore(BaseStore):
         self._place = _place(given)
         self._pool: psycopg_pool.ConnectionPool[ImpatientConnection] | None = None
         self._in_use: set[psycopg.Connection[Any]] = set()
+        self._copies = True  # whether the server takes a COPY into the events
         self._event_types: frozenset[str] = frozenset()
         self._hook_types: frozenset[str] = frozenset()
 
@@ -1204,8 +1205,10 @@ class PostgreSQLStore(BaseStore):
             pool.putconn(connection)
 
     def _fault(self, error: Exception) -> Fault | None:
-        if isinstance(error, psycopg_pool.PoolTimeout | psycopg_pool.TooManyRequests | NoAnswer):
+        if isinstance(error, NoAnswer):
             return Fault.TIMEOUT
+        if isinstance(error, psycopg_pool.PoolTimeout | psycopg_pool.TooManyRequests):
+            return Fault.BUSY
         if not isinstance(error, psycopg.Error):
             return None
         if error.sqlstate is None:
@@ -1241,7 +1244,7 @@ class PostgreSQLStore(BaseStore):
         # comes at their right end (5 % of the time for a batch, if session follows session).
         rows.sort(key=lambda row: row.position)
         with connection.cursor() as cursor:
-            if len(rows) >= COPY_ROWS:
+            if len(rows) >= COPY_ROWS and self._copies:
                 self._copy(cursor, rows)
                 return len(rows)
             cursor.executemany(INSERT_EVENTS, list(map(self._parameters, self._encoded(rows))))
@@ -1264,6 +1267,9 @@ class PostgreSQLStore(BaseStore):
         except pg.UniqueViolation as error:
             if error.diag.constraint_name != "events_pkey":
                 raise
+            raise base.StartOver(repeats=True) from None
+        except pg.FeatureNotSupported:  # somebody has put policies for rows on the table
+            self._copies = False
             raise base.StartOver(repeats=True) from None
 
     def _copied(self, row: EventRow) -> tuple[Any, ...]:
@@ -1861,9 +1867,13 @@ FAULTS = {
     "44": Fault.DATA,
     "54": Fault.DATA,
     "P0001": Fault.DATA,  # a trigger's own word
-    "55P03": Fault.TIMEOUT,  # lock_timeout
+    "55P03": Fault.BUSY,  # lock_timeout
     "57014": Fault.TIMEOUT,  # statement_timeout
-    "53300": Fault.TIMEOUT,  # too many connections
+    "53300": Fault.BUSY,  # too many connections
+    "25006": Fault.UNFIT,  # read-only
+    "53": Fault.UNFIT,  # disk or memory full
+    "57": Fault.UNFIT,
+    "58": Fault.UNFIT,  # what the operating system says
 }
 
 #: In the words of a refused connection: what a moment's waiting may change.

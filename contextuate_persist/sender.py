@@ -22,6 +22,7 @@ from contextuate_persist.model import SessionMeta
 from contextuate_persist.outbox import Outbox
 from contextuate_persist.queued import Item, Refused, Update
 from contextuate_persist.records import EventRow
+from contextuate_persist.trials import Trials
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Sender:
         self._outbox = outbox
         self._dead_letters = dead_letters
         self._limits = limits
+        self._trials = Trials(store, outbox)
         self._slice = limits.rows
 
     def run(self) -> None:
@@ -136,7 +138,14 @@ class Sender:
             self._store_part(part, delivery)
         except InvalidRecord as error:
             self._isolate(part, delivery, str(error))
-        except (PersistenceError, OSError, MemoryError):
+        except PersistenceError as error:
+            if not error.perhaps_one:
+                raise
+            if not self._trials.others_pass(part[0].value, error):
+                delivery.strikes = 0
+                raise
+            self._suspect(part, delivery, error)
+        except (OSError, MemoryError):
             raise
         except Exception as error:  # a defect of ours, which one item brings to light, perhaps
             log.exception("an item that cannot be stored")
@@ -147,7 +156,24 @@ class Sender:
             self._isolate(part, delivery, reason)
         else:
             delivery.done(len(part))
+            delivery.strikes = 0
             self._slice = min(self._limits.rows, self._slice * 2)
+
+    def _suspect(self, part: list[Item], delivery: _Delivery, error: PersistenceError) -> None:
+        """Others of that kind pass at the moment: it is something in this part, then.
+
+        What is alone fails several times, and each time others pass right after it, before it is
+        to blame: a server that has just come to its senses, or is about to lose them, blames none.
+        """
+        self.retries += 1
+        self.last_error = f"{type(error).__name__}: {error}"
+        self._outbox.not_sent()
+        if len(part) == 1:
+            delivery.strikes += 1
+            if delivery.strikes < _STRIKES:
+                return
+            log.warning("set aside, since others pass: %s", error)
+        self._isolate(part, delivery, str(error))
 
     def _isolate(self, part: list[Item], delivery: _Delivery, reason: str) -> None:
         """Come nearer to the item that is to blame; alone, it is set aside."""
@@ -171,9 +197,12 @@ class Sender:
             result = self._store.save_rows(values)
             for refusal in result.refused:
                 delivery.set_aside(part[refusal.index], refusal.reason)
+            if not result.refused:
+                self._trials.stored(values[-1])
             delivery.count(len(part) - len(result.refused), stored=result.stored)
         elif isinstance(first, SessionMeta):
             delivery.count(len(part), stored=self._store.save_sessions(values))
+            self._trials.stored(values[-1])
         elif isinstance(first, Update):
             delivery.count(1, stored=self._update(first))
         else:
