@@ -46,6 +46,10 @@ class Proxy:
         self._listener.close()
         self._selector.close()
 
+    def lead_to(self, port: int) -> None:
+        """From now on forward to another port; connections that there are go on as they were."""
+        self._target = port
+
     def cut_all(self) -> int:
         with self._lock:
             clients = list(self._clients)
