@@ -29,18 +29,35 @@ class Milestone:
 
     def __init__(self, reached: int) -> None:
         self.reached = reached
+        self._held: dict[int, list[int]] = {}  # numbers with the tokens of who waits for them
         self._waiting: dict[int, Callable[[], object]] = {}
         self._order: list[tuple[int, int]] = []  # numbers with the tokens of who waits for them
         self._tokens = itertools.count(1)
 
     def wait_for(self, number: int, callback: Callable[[], object]) -> int:
         """Remember the callback, under a token; 0 if the number is passed already."""
-        if number <= self.reached:
+        if self.passed(number):
             return 0
         token = next(self._tokens)
         self._waiting[token] = callback
-        heapq.heappush(self._order, (number, token))
+        if number in self._held:
+            self._held[number].append(token)
+        else:
+            heapq.heappush(self._order, (number, token))
         return token
+
+    def passed(self, number: int) -> bool:
+        """Whether this number is behind, and not held."""
+        return number <= self.reached and number not in self._held
+
+    def hold(self, number: int) -> None:
+        """Go past this number without passing it, until `release`."""
+        self._held[number] = []
+
+    def release(self, number: int) -> list[Callable[[], object]]:
+        """Pass a number, if it was held; the callbacks that are due."""
+        tokens = self._held.pop(number, [])
+        return [self._waiting.pop(token) for token in tokens if token in self._waiting]
 
     def forget(self, token: int) -> None:
         """Nobody waits for this any more."""
@@ -49,13 +66,15 @@ class Milestone:
             self._order = [entry for entry in self._order if entry[1] in self._waiting]
             heapq.heapify(self._order)
 
-    def advance(self, number: int) -> list[Callable[[], object]]:
+    def advance(self, reached: int) -> list[Callable[[], object]]:
         """Come to a number; the callbacks that are due."""
-        self.reached = max(self.reached, number)
+        self.reached = max(self.reached, reached)
         due = []
         while self._order and self._order[0][0] <= self.reached:
-            _, token = heapq.heappop(self._order)
-            if token in self._waiting:
+            number, token = heapq.heappop(self._order)
+            if number in self._held:
+                self._held[number].append(token)
+            elif token in self._waiting:
                 due.append(self._waiting.pop(token))
         return due
 
@@ -331,6 +350,11 @@ class Outbox:
             while len(self._reasons) > REASONS:
                 del self._reasons[next(iter(self._reasons))]
             self._failing = False
+            for letter in letters:
+                # Neither the spool nor anybody else has it: it is not safe, nor done with.
+                if letter.number > self._spooled:
+                    for milestone in (self.safe, self.done):
+                        milestone.hold(letter.number)
             due = self.done.advance(number) + self.safe.advance(number)
             self._room.notify_all()
             self._passed.notify_all()
@@ -350,11 +374,19 @@ class Outbox:
         with self._lock:
             return [*self._letters.values()]
 
+    @property
+    def too_many_letters(self) -> bool:
+        """Whether they take the room of what is to be sent."""
+        with self._lock:
+            return sum(letter.size for letter in self._letters.values()) > self._half // 2
+
     def letter_written(self, letter: Item) -> None:
         """One of `letters` is."""
         with self._lock:
             del self._letters[letter.number]
+            due = self.safe.release(letter.number) + self.done.release(letter.number)
         self._acknowledge()
+        _call(due)
 
     def not_sent(self) -> None:
         """The database does not take them: from now on the spool is to have everything."""
@@ -444,8 +476,8 @@ class Outbox:
         """Nobody works any more; how many items would be lost, since no disk has them."""
         with self._lock:
             self._ended = True
-            unspooled = [*self._front, *self._letters.values()]
-            lost = sum(item.number > self._spooled for item in unspooled) + len(self._arrivals)
+            lost = sum(item.number > self._spooled for item in self._front) + len(self._arrivals)
+            lost += sum(not self.safe.passed(number) for number in self._letters)
             left = self.safe.give_up() + self.done.give_up()
             self._passed.notify_all()
         _call(left)

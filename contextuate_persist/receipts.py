@@ -14,7 +14,8 @@ class Receipt:
 
     It comes to two milestones, in this order: *safe*, on the disk of this machine or in the
     database already, and *stored*, done with by the database: committed there, or known there
-    before, or refused for good and set aside (`refusal` then says why).
+    before, or refused for good and set aside (`refusal` then says why). What is set aside while no
+    disk takes its dead letter has come to neither.
     """
 
     __slots__ = ("_outbox", "number")
@@ -30,12 +31,12 @@ class Receipt:
     @property
     def safe(self) -> bool:
         """Whether it survives whatever happens to this process and to the power."""
-        return self.number <= self._outbox.safe.reached
+        return self._outbox.safe.passed(self.number)
 
     @property
     def stored(self) -> bool:
         """Whether the database is done with it."""
-        return self.number <= self._outbox.done.reached
+        return self._outbox.done.passed(self.number)
 
     @property
     def refusal(self) -> str | None:
@@ -66,14 +67,14 @@ class Receipt:
         self._outbox.notify(self._outbox.done, self.number, lambda: callback(self))
 
     def _wait(self, milestone: Milestone, timeout: float | None) -> bool:
-        if self.number > milestone.reached:
+        if not milestone.passed(self.number):
             passed = threading.Event()
             token = self._outbox.notify(milestone, self.number, passed.set)
             try:
                 passed.wait(timeout)
             finally:
                 self._outbox.forget(milestone, token)
-        return self.number <= milestone.reached
+        return milestone.passed(self.number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

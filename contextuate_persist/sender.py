@@ -63,6 +63,10 @@ class Sender:
             return
         while not self._outbox.over:
             self.write_letters()
+            if self._outbox.too_many_letters:  # memory is bounded, also for what is refused
+                self._outbox.not_sent()
+                self._outbox.pause(_LETTER_SECONDS)
+                continue
             if items := self._next():
                 delivery = _Delivery(items)
                 while delivery.runs:
