@@ -194,8 +194,9 @@ def _add_spool(parser: argparse.ArgumentParser) -> None:
 def _add_dead(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
-        choices=["list", "show", "replay"],
-        help="list them; show some whole, as JSON; store them, where the reason is gone",
+        choices=["list", "show", "replay", "discard"],
+        help="list them; show some whole, as JSON; store them, where the reason is gone; "
+        "or remove some for ever",
     )
     parser.add_argument("ids", nargs="*", metavar="ID", help="which (replay: all without any)")
     _add_directory(parser)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from contextuate_persist import payload
+from contextuate_persist.aside import Aside
 from contextuate_persist.base import BaseStore
 from contextuate_persist.errors import InvalidRecord, SpoolError
 from contextuate_persist.model import MonitorEvent, SessionMeta, TokenUsage
@@ -34,6 +35,14 @@ class DeadLetters:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+        self.aside = Aside(self.directory, _NAME)
+
+    def open(self) -> None:
+        """Remove what a writer that was killed left half-written; only the next writer may."""
+        with contextlib.suppress(OSError):
+            for path in self.directory.glob("*.tmp"):
+                path.unlink(missing_ok=True)
+        self.aside.look()
 
     def add(self, content: Refused, accepted: int) -> str:
         """Keep a letter, safe on disk; returns its id. Raises OSError."""
@@ -54,6 +63,7 @@ class DeadLetters:
         finally:
             os.close(descriptor)
         temporary.rename(path)
+        self.aside.added(len(text))
         sync_directory(self.directory)
         return letter_id
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from contextuate_persist import queued
+from contextuate_persist.aside import Aside
 from contextuate_persist.errors import SpoolError, SpoolFull, StoreClosed
 from contextuate_persist.queued import ITEM_BYTES, Arrival, Item, Taken, Value
 from contextuate_persist.spool import Record, Spool
@@ -88,9 +89,17 @@ class Outbox:
     """The queue of one writer, on a spool that is open."""
 
     def __init__(
-        self, spool: Spool, recovered: int, *, memory_bytes: int, spool_bytes: int, always: bool
+        self,
+        spool: Spool,
+        dead: Aside,
+        recovered: int,
+        *,
+        memory_bytes: int,
+        spool_bytes: int,
+        always: bool,
     ) -> None:
         self._spool = spool
+        self._dead = dead
         # Half for what arrives, half for what is sent: neither can take the other's room.
         self._half = memory_bytes // 2
         self._spool_bytes = spool_bytes
@@ -154,7 +163,12 @@ class Outbox:
         return fits and self._disk_after(disk) <= self._spool_bytes
 
     def _disk_after(self, disk: int) -> int:
-        return self._spool.size + self._arrived_disk + disk
+        return (
+            self._spool.size
+            + self._dead.bytes
+            + self._spool.damaged.bytes
+            + (self._arrived_disk + disk)
+        )
 
     def _wait_for_room(self, size: int, disk: int, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -164,10 +178,12 @@ class Outbox:
             if self._has_room(size, disk):
                 return
             if self._disk_after(disk) > self._spool_bytes:
+                aside = self._dead.bytes + self._spool.damaged.bytes
                 raise SpoolFull(
                     f"{self._spool.directory}: has no room for {disk:,} bytes, of the "
                     f"{self._spool_bytes:,} that it may have; "
                     f"{self._pending():,} items wait for the database"
+                    + (f", {aside:,} bytes lie aside in dead and damaged" if aside else "")
                 )
             left = deadline - time.monotonic()
             if left <= 0 or not self._room.wait(left):

@@ -11,7 +11,7 @@ from contextuate_persist import display
 from contextuate_persist.base import BaseStore
 from contextuate_persist.console import show, show_json, tell, terminal_width
 from contextuate_persist.dead_letters import DeadLetter, DeadLetters, replay
-from contextuate_persist.errors import InvalidRecord, SpoolError
+from contextuate_persist.errors import ConfigurationError, InvalidRecord, SpoolError
 from contextuate_persist.spool import spool_state
 from contextuate_persist.writer import EventWriter, default_spool
 
@@ -64,8 +64,10 @@ def _replay_spool(args: argparse.Namespace, open_given: OpenStore) -> int:
 
 
 def dead(args: argparse.Namespace, open_given: OpenStore) -> int:
-    """What was set aside: list it, show it, try it again."""
+    """What was set aside: list it, show it, try it again, give it up."""
     letters = DeadLetters(_directory(args) / "dead")
+    if args.action == "discard":
+        return _discard(letters, args)
     if args.action == "replay":
         return _replay_letters(letters, args.ids or letters.ids(), args, open_given)
     found = map(letters.read, args.ids) if args.action == "show" else _readable(letters)
@@ -74,6 +76,23 @@ def dead(args: argparse.Namespace, open_given: OpenStore) -> int:
     else:
         show(display.table(_COLUMNS, map(_row, found), terminal_width()))
     return 0
+
+
+def _discard(letters: DeadLetters, args: argparse.Namespace) -> int:
+    if not args.ids:
+        raise ConfigurationError("dead discard: name the letters; `dead list` has their ids")
+    known = set(letters.ids())
+    missing = [letter_id for letter_id in args.ids if letter_id not in known]
+    for letter_id in missing:
+        tell(f"{letters.directory}: no dead letter {letter_id!a}")
+    for letter_id in known.intersection(args.ids):
+        letters.remove(letter_id)
+    discarded = len(known.intersection(args.ids))
+    if args.json:
+        show_json([{"discarded": discarded, "missing": len(missing)}])
+    else:
+        show([f"{discarded:,} discarded"])
+    return 1 if missing else 0
 
 
 def _readable(letters: DeadLetters) -> Iterator[DeadLetter]:

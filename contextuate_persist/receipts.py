@@ -105,5 +105,7 @@ class WriterHealth:
     last_error: str | None
     """Of the database or of the spool, also when that is over."""
     dead_letters: int
+    aside_bytes: int
+    """On disk besides, until somebody removes it: dead letters, and what could not be read."""
     damages: tuple[str, ...]
     """What of the spool could not be read; its bytes lie beside it, in `damaged`."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from contextuate_persist.aside import Aside
 from contextuate_persist.errors import ConfigurationError, SpoolError
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Spool:
         self.size = 0  # bytes on disk
         self.damages: list[str] = []
         self.unread: list[Path] = []  # files that the disk does not give
+        self.damaged = Aside(self.directory / "damaged", re.compile(".*"))
         self._segment_bytes = segment_bytes
         self._files = threading.Lock()  # held to change the list of them
         self._segments: list[_Segment] = []
@@ -109,6 +111,7 @@ class Spool:
                     (self.directory / name).unlink()
             records = sum(map(self._scan, _segments_of(self.directory)))
             self._remove_finished()
+            self.damaged.look()
         except OSError as error:
             self.close()
             raise SpoolError(f"{self.directory}: {error.strerror or error}") from error
@@ -134,6 +137,7 @@ class Spool:
     def forget(self) -> None:
         """In a forked child: the spool is the parent's."""
         self._files = threading.Lock()
+        self.damaged.forget()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -318,16 +322,17 @@ class Spool:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
                 with open(descriptor, "wb") as file:
                     file.write(data[start:end])
+                self.damaged.added(end - start)
 
     def _keep_aside(self, segment: _Segment) -> None:
         """A file that the disk does not read now may be read by somebody some day."""
         with self._files, contextlib.suppress(OSError):
             segment.path.rename(self._aside() / segment.path.name)
+            self.damaged.added(segment.size)
 
     def _aside(self) -> Path:
-        aside = self.directory / "damaged"
-        aside.mkdir(mode=0o700, exist_ok=True)
-        return aside
+        self.damaged.directory.mkdir(mode=0o700, exist_ok=True)
+        return self.damaged.directory
 
     def _report(self, damage: str) -> None:
         self.damages.append(damage)

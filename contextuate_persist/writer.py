@@ -21,6 +21,7 @@ from contextuate_persist.errors import (
     ConfigurationError,
     InvalidRecord,
     SpoolError,
+    SpoolFull,
     StoreClosed,
 )
 from contextuate_persist.model import MonitorEvent, SessionMeta
@@ -66,6 +67,11 @@ class EventWriter:
     | `kill -9`, power loss | all that was safe is stored | what was neither is for its source |
     | the database is away | disk, up to `spool_bytes` | the same |
     | costs | a flush of the disk for each group | nothing while all is well |
+
+    `spool_bytes` is what may lie in the directory altogether: what waits, the dead letters, and
+    what of the spool could not be read. So a full `dead` stops `put`, too, rather than to fill the
+    disk or to lose anything; `health().aside_bytes` tells long before, and `contextuate-persist
+    dead` has it tried again or discarded.
 
     What lies in the spool is stored first when the writer opens. Where the process was killed
     between the database's commit and the note of it in the spool, the last batch comes again: its
@@ -140,9 +146,11 @@ class EventWriter:
             if self._outbox is not None:
                 return
             recovered = self._spool.open()
+            self._dead_letters.open()
             settings = self._settings
             outbox = Outbox(
                 self._spool,
+                self._dead_letters.aside,
                 recovered,
                 memory_bytes=settings.memory_bytes,
                 spool_bytes=settings.spool_bytes,
@@ -238,6 +246,7 @@ class EventWriter:
             self._outbox.forget_all()  # for receipts that the child has
         self._outbox, self._threads = None, []
         self._spool.forget()
+        self._dead_letters.aside.forget()
 
     # --- Those who put ----------------------------------------------------------------------------
 
@@ -307,7 +316,16 @@ class EventWriter:
     def _put(self, value: Taken | Value, size: int, disk: int, timeout: float | None) -> Receipt:
         outbox = self._open_outbox()
         patience = self._settings.put_timeout if timeout is None else timeout
+        try:
+            return Receipt(outbox, outbox.add(value, size, disk, patience))
+        except SpoolFull:
+            if not self._room_was_made():
+                raise
         return Receipt(outbox, outbox.add(value, size, disk, patience))
+
+    def _room_was_made(self) -> bool:
+        """Whether somebody has removed what lay aside."""
+        return self._dead_letters.aside.look() | self._spool.damaged.look()
 
     def _open_outbox(self) -> Outbox:
         outbox = self._outbox
@@ -367,13 +385,17 @@ class EventWriter:
         figures = outbox.figures()
         oldest, spool_error = figures.pop("oldest"), figures.pop("spool_error")
         since = sender.failing_since
+        dead, damaged = self._dead_letters.aside, self._spool.damaged
+        dead.look()
+        damaged.look()
         return WriterHealth(
             **figures,
             oldest_seconds=None if oldest is None else max(0.0, time.time() - oldest / 1000),
             retries=sender.retries,
             failing_seconds=None if since is None else time.monotonic() - since,
             last_error=spool_error or sender.last_error,
-            dead_letters=len(self._dead_letters.ids()),
+            dead_letters=dead.count,
+            aside_bytes=dead.bytes + damaged.bytes,
             damages=tuple(self._spool.damages),
         )
 

@@ -116,6 +116,17 @@ def test_dead_letters_are_listed_shown_and_stored_once_the_reason_is_gone(
     assert (status, json.loads(out)) == (0, {"stored": 1, "duplicate": 0, "left": 0})
     assert store.get_events("s") == [teapot]
     assert len(letters.ids()) == 2
+    status, out, err = run("dead", "discard")
+    assert (status, out) == (1, "")
+    assert "name the letters" in err
+    gone, kept = letters.ids()
+    status, out, err = run("dead", "discard", gone, "../spool/lock")
+    assert (status, out) == (1, "1 discarded\n")
+    assert "no dead letter '../spool/lock'" in err
+    assert letters.ids() == [kept]
+    status, out, _ = run("dead", "discard", kept, "--json")
+    assert (status, json.loads(out)) == (0, {"discarded": 1, "missing": 0})
+    assert letters.ids() == []
 
 
 def test_a_letter_that_is_not_there_or_not_readable_is_named(

@@ -302,6 +302,56 @@ def test_a_full_spool_says_so_and_takes_again_later(
         assert len(store.get_events("s", limit=9999)) == taken + 1
 
 
+@pytest.mark.parametrize("place", ["dead", "damaged"])
+def test_what_lies_aside_counts_against_the_limit_until_it_is_removed(
+    writer: EventWriter, directory: Path, place: str
+) -> None:
+    assert (writer.health().aside_bytes, writer.health().dead_letters) == (0, 0)
+    aside = directory / place
+    aside.mkdir()
+    letter = aside / f"1700000000000-{'a' * 12}.json"
+    letter.touch()
+    os.truncate(letter, 2**30)  # the whole limit, and no room on the disk
+    health = writer.health()
+    assert (health.aside_bytes, health.dead_letters) == (2**30, place == "dead")
+    with pytest.raises(SpoolFull, match=r"1,073,741,824 bytes lie aside in dead and damaged"):
+        writer.put(event())
+    letter.unlink()
+    assert writer.put(event()).wait_stored(30)
+    assert (writer.health().aside_bytes, writer.health().dead_letters) == (0, 0)
+
+
+def test_dead_letters_are_counted_right_whoever_changes_them(
+    writer: EventWriter, directory: Path
+) -> None:
+    letters = DeadLetters(directory / "dead")
+    for wanted in (1, 2, 3):
+        assert writer.put(event(data={"x": float("nan")})).wait_stored(30)
+        assert writer.health().dead_letters == wanted
+    size = sum(path.stat().st_size for path in letters.directory.iterdir())
+    assert writer.health().aside_bytes == size
+    time.sleep(2.1)  # from now on the count is believed
+    for wanted in (3, 3):
+        assert writer.health().dead_letters == wanted
+    letters.remove(letters.ids()[0])
+    assert writer.health().dead_letters == 2
+    letters.remove(letters.ids()[0])
+    assert writer.health().dead_letters == 1
+    assert writer.put(event(data={"x": float("nan")})).wait_stored(30)
+    assert writer.health().dead_letters == 2
+
+
+def test_a_letter_that_was_never_finished_goes_when_the_next_writer_opens(
+    store: BaseStore, directory: Path
+) -> None:
+    (directory / "dead").mkdir(parents=True, mode=0o700)
+    directory.chmod(0o700)
+    (directory / "dead" / "1700000000000-000000000000.tmp").write_bytes(b"{")
+    with EventWriter(store, spool_directory=directory) as writer:
+        assert writer.health().aside_bytes == 0
+    assert not list((directory / "dead").iterdir())
+
+
 def test_numbers_that_the_spool_has_lost_are_counted_not_waited_for(
     store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
