@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import secrets
 import stat
 import time
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contextuate_persist.errors import ConfigurationError, SpoolError
+from contextuate_persist.spool import sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +29,17 @@ MAX_FILE_BYTES = 64 * 2**20
 _LOCK = ".lock"
 _BAD = "bad"
 _WHY = ".why"
+# What was begun and lies unchanged for so long, its writer was killed. The taking side counts by a
+# clock that stands still while the machine sleeps: a writer that slept with it goes on.
 _UNFINISHED = 3600  # seconds
+_BEGUN = re.compile(r"\.\d{20}-[0-9a-f]{32}\.json")
 
 
 def leave(directory: str | Path, body: bytes) -> str:
-    """Leave a file in an inbox, on disk when this returns; its name. Raises OSError."""
+    """Leave a file in an inbox, on disk when this returns; its name.
+
+    Raises OSError; it may then be there nevertheless, where only its name could not be flushed.
+    """
     place = Path(directory)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     name = f"{time.time_ns():020d}-{secrets.token_hex(16)}.json"
@@ -47,6 +55,7 @@ def leave(directory: str | Path, body: bytes) -> str:
         with contextlib.suppress(OSError):
             hidden.unlink()
         raise
+    sync_directory(place)
     return name
 
 
@@ -57,6 +66,7 @@ class Inbox:
         self.directory = Path(directory)
         self._locking: int | None = None
         self._taken: set[str] = set()
+        self._begun: dict[str, tuple[float, tuple[int, int]]] = {}
 
     def open(self) -> None:
         """Take the inbox for this process; makes the directory.
@@ -81,7 +91,7 @@ class Inbox:
         if self._locking is not None:
             os.close(self._locking)
             self._locking = None
-        self._taken = set()
+        self._taken, self._begun = set(), {}
 
     def __enter__(self) -> Inbox:  # noqa: PYI034  (Self needs Python 3.11)
         """Call `open()`."""
@@ -97,7 +107,9 @@ class Inbox:
 
         Each stays until `done` or `set_aside`, or comes again after `give_back`.
         """
-        names = sorted(name for name in os.listdir(self.directory) if self._is_new(name))
+        found = os.listdir(self.directory)
+        self._remove_left([name for name in found if _BEGUN.fullmatch(name)])
+        names = sorted(name for name in found if self._is_new(name))
         for name in names[:limit]:
             try:
                 body = _read(self.directory / name)
@@ -108,6 +120,22 @@ class Inbox:
                 continue
             self._taken.add(name)
             yield name, body
+
+    def _remove_left(self, names: list[str]) -> None:
+        """Remove what nobody has finished, or gone on with, since it was seen long ago."""
+        now = time.monotonic()
+        before, self._begun = self._begun, {}
+        for name in names:
+            since, state = before.get(name, (now, (-1, -1)))
+            if name not in before or now - since > _UNFINISHED:
+                with contextlib.suppress(OSError):  # finished meanwhile
+                    found = (self.directory / name).lstat()
+                    if state == (found.st_size, found.st_mtime_ns):
+                        log.info("inbox %s: %s was never finished", self.directory, name)
+                        (self.directory / name).unlink()
+                        continue
+                    since, state = now, (found.st_size, found.st_mtime_ns)
+            self._begun[name] = since, state
 
     def _is_new(self, name: str) -> bool:
         return not name.startswith(".") and name != _BAD and name not in self._taken

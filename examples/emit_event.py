@@ -62,6 +62,8 @@ def leave(content: bytes, now: int) -> None:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
+        # Its new name is not flushed: that takes about as long again, and an agent waits for it. A
+        # power loss may so cost what hooks told in the seconds before it, but no half of anything.
         os.rename(temporary, os.path.join(inbox, name))
     except BaseException:
         os.unlink(temporary)

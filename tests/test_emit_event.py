@@ -198,13 +198,17 @@ def test_the_command_in_the_settings_never_blocks_a_tool(tmp_path: Path, inbox: 
     assert len(captures(inbox)) == 1
 
 
-def test_it_takes_less_than_50_milliseconds(emit: Emit, inbox: Path) -> None:
+def test_it_takes_less_than_50_milliseconds_of_the_processor(emit: Emit, inbox: Path) -> None:
     """The fastest of some: what else the machine does is not the command's."""
 
+    def used() -> float:
+        of_children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return of_children.ru_utime + of_children.ru_stime
+
     def seconds() -> float:
-        start = time.perf_counter()
+        before = used()
         emit(json.dumps(payload("PreToolUse", tool_input="x" * 10_000)).encode())
-        return time.perf_counter() - start
+        return used() - before
 
     taken = [seconds() for _ in range(15)]
     assert min(taken) < 0.05, statistics.median(taken)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,31 @@ def test_what_is_not_whole_yet_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / ".00001.json").write_bytes(b"half")
     with Inbox(tmp_path) as inbox:
         assert list(inbox.take()) == []
+
+
+def test_what_a_killed_writer_left_goes_after_a_while_but_nothing_that_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox_module, "_UNFINISHED", 0.3)
+    left, growing = (tmp_path / f".{n:020}-{'a' * 32}.json" for n in (1, 2))
+    others = [tmp_path / name for name in (".nfs0001", ".note.json")]
+    for path in (left, growing, *others):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))  # how old it looks does not count: a clock may have been wrong
+    started = time.monotonic()
+    with Inbox(tmp_path) as inbox:
+        assert list(inbox.take()) == []
+        assert left.exists()
+        while time.monotonic() < started + 1:
+            with growing.open("ab") as file:
+                file.write(b".")
+            assert list(inbox.take()) == []
+            time.sleep(0.02)
+        assert not left.exists()
+        growing.rename(tmp_path / growing.name[1:])
+        assert [name for name, _ in inbox.take()] == [growing.name[1:]]
+        assert inbox._begun == {}
+    assert all(path.exists() for path in others)
 
 
 def test_a_file_that_could_not_be_written_leaves_nothing(
