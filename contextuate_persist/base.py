@@ -1010,8 +1010,22 @@ class BaseStore(ABC):
                     self._update_session(connection, session.session_id, columns)
                 raise _Undo
 
+        return self._undone(write)
+
+    def try_updating(self, session_id: str, **fields: Unpack[SessionFields]) -> bool:
+        """Update a session and undo that; False if there is none. Raises what updating raises."""
+        values = records.update_parameters(fields)
+
+        def update(connection: Any) -> None:
+            if self._update_session(connection, session_id, values):
+                raise _Undo
+
+        return self._undone(update)
+
+    def _undone(self, work: Callable[[Any], None]) -> bool:
+        """Do some work in a transaction; whether it raised _Undo, and so was undone."""
         try:
-            self._run(write, transaction=True)
+            self._run(work, transaction=True)
         except _Undo:
             return True
         except StartOver:

@@ -31,6 +31,7 @@ LONGEST_PAUSE = 5.0
 _FIRST_PAUSE = 0.05
 _LETTER_SECONDS = 1.0  # between tries to write dead letters to a disk that is full
 _STRIKES = 3  # of one item, for what may be no fault of its own
+_TRIALS = 2  # of one item, each after it has failed
 
 
 class BatchLimits(NamedTuple):
@@ -145,7 +146,9 @@ class Sender:
         except PersistenceError as error:
             if not error.perhaps_one:
                 raise
-            if not self._trials.others_pass(part[0].value, error):
+            value = part[0].value
+            innocent = len(part) == 1 and not self._trials.fails_alone(value)
+            if innocent or not self._trials.others_pass(value, error):
                 delivery.strikes = 0
                 raise
             self._suspect(part, delivery, error)
@@ -166,7 +169,7 @@ class Sender:
     def _suspect(self, part: list[Item], delivery: _Delivery, error: PersistenceError) -> None:
         """Others of that kind pass at the moment: it is something in this part, then.
 
-        What is alone fails several times, and each time others pass right after it, before it is
+        What is alone fails and fails a trial, and others pass theirs, twice in a row, before it is
         to blame: a server that has just come to its senses, or is about to lose them, blames none.
         """
         self.retries += 1
@@ -174,7 +177,7 @@ class Sender:
         self._outbox.not_sent()
         if len(part) == 1:
             delivery.strikes += 1
-            if delivery.strikes < _STRIKES:
+            if delivery.strikes < _TRIALS:
                 return
             log.warning("set aside, since others pass: %s", error)
         self._isolate(part, delivery, str(error))

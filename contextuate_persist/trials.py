@@ -38,6 +38,23 @@ class Trials:
         if isinstance(value, EventRow | SessionMeta):
             self._stored[type(value)] = value
 
+    def fails_alone(self, value: Value) -> bool:
+        """Whether it is not even taken where nothing is committed.
+
+        Else it failed at its commit, as everything would: what is tried here commits nothing. A
+        server that finds no room for its log waits there, and takes all else.
+        """
+        try:
+            if isinstance(value, Update):
+                self._store.try_updating(value.session_id, **value.fields)
+            elif isinstance(value, EventRow | SessionMeta):
+                self._store.try_writing(value)
+        except InvalidRecord:
+            return True
+        except PersistenceError as error:
+            return error.perhaps_one
+        return False
+
     def others_pass(self, value: Value, error: PersistenceError) -> bool:
         """Whether the database takes something of the same kind, while it does not take this.
 

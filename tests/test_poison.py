@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.dead_letters import DeadLetters, replay
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
+from tests.test_faults import ENOUGH, log_on_small_disk
+
+__all__ = ["log_on_small_disk"]
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +190,69 @@ def test_one_row_that_always_ends_the_connection_is_set_aside(
         assert writer.flush(60) == 0, writer.health()
     assert bad.refusal is not None
     assert (good.refusal, len(store.get_events("s"))) == (None, 1)
+
+
+@pytest.mark.only("mysql")
+def test_a_server_that_has_no_room_for_its_log_blames_nothing(
+    log_on_small_disk: Database, directory: Path
+) -> None:
+    """It takes the statements, and says nothing when they are committed."""
+    server = log_on_small_disk.server
+    with (
+        make_store(
+            log_on_small_disk.url,
+            connect_timeout=2,
+            pool_timeout=2,
+            statement_timeout=1,
+            lock_timeout=0.5,
+        ) as store,
+        EventWriter(store, spool_directory=directory) as writer,
+    ):
+        store._arguments["read_timeout"] = 2  # type: ignore[attr-defined]
+        store.save_session(session("p"))
+        server.leave_free(40_000)
+        receipts = [
+            writer.put(event(f"s{n}", T0 + n, data={"x": secrets.token_hex(40_000)}))
+            for n in range(4)
+        ]
+        receipts += [writer.update_session("p", label=f"l{n}") for n in range(3)]
+        receipts += [writer.put_session(session(f"p{n}")) for n in range(3)]
+        assert writer.flush(8) > 0
+        server.leave_free(ENOUGH)
+        server.kill()  # MySQL would look for room once a minute
+        server.start()
+        assert writer.flush(60) == 0
+        assert {receipt.refusal for receipt in receipts} == {None}
+        assert writer.health().set_aside == 0
+        assert sum(store.event_counts().values()) == 4
+        assert len(store.get_sessions()) == 8
+
+
+@pytest.mark.only("postgresql")
+def test_what_fails_only_when_it_is_committed_blames_nothing(
+    writer: EventWriter, store: BaseStore, database: Database
+) -> None:
+    writer.put(event("s"))
+    assert writer.flush(30) == 0
+    database.execute(
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE 'no commits today' USING ERRCODE = 'XX000'; END $$"
+    )
+    try:
+        database.execute(
+            "CREATE CONSTRAINT TRIGGER failing AFTER INSERT ON events "
+            "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION fail()"
+        )
+        for n in range(20):
+            writer.put(event(f"s{n % 3}", T0 + n))
+        assert writer.flush(2) == 20
+        health = writer.health()
+        assert "no commits today" in str(health.last_error)
+        assert health.set_aside == 0
+    finally:
+        database.execute("DROP FUNCTION fail() CASCADE")
+    assert writer.flush(30) == 0
+    assert writer.health().stored == 21
 
 
 def test_a_row_that_waits_for_somebodys_lock_is_not_to_blame(
