@@ -146,6 +146,7 @@ class Sender:
         except PersistenceError as error:
             if not error.perhaps_one:
                 raise
+            self._outbox.not_sent()  # before what may take a while
             value = part[0].value
             innocent = len(part) == 1 and not self._trials.fails_alone(value)
             if innocent or not self._trials.others_pass(value, error):
@@ -174,7 +175,6 @@ class Sender:
         """
         self.retries += 1
         self.last_error = f"{type(error).__name__}: {error}"
-        self._outbox.not_sent()
         if len(part) == 1:
             delivery.strikes += 1
             if delivery.strikes < _TRIALS:
