@@ -445,6 +445,7 @@ def test_a_page_that_the_disk_has_lost_costs_its_events_only(
         assert writer.flush(30) == 0
         health = writer.health()
         assert len(health.damages) == 1
+        assert health.aside_bytes >= 4096
         assert health.accepted == health.stored
         found = store.get_events("s")
     assert 190 <= len(found) < 200
