@@ -9,6 +9,7 @@ from contextuate_persist.aio import AsyncEventWriter, AsyncReceipt, AsyncStore
 from contextuate_persist.config import open_store
 from contextuate_persist.errors import (
     ConfigurationError,
+    DamagedFile,
     InvalidBatch,
     InvalidRecord,
     PersistenceError,
@@ -46,6 +47,7 @@ __all__ = [
     "AsyncStore",
     "ConfigurationError",
     "Cursor",
+    "DamagedFile",
     "EventWriter",
     "Forgotten",
     "Health",

@@ -9,6 +9,7 @@ PersistenceError
 ├── StoreClosed           the store was used before init() or after close()
 ├── StoreUnavailable      no answer in time: not reachable, connection lost, lock or pool wait over
 ├── StoreRefused          the server understood and said no: privileges, disk full, read-only
+├── DamagedFile           a file that was made to be read back is damaged or cut short
 └── SpoolError            the local queue cannot keep what it is given: its disk fails
     └── SpoolFull         it has reached its limit: the database has been away for too long
 """
@@ -93,6 +94,10 @@ class StoreUnavailable(PersistenceError):
 
 class StoreRefused(PersistenceError):
     """The server understood and said no: privileges, a full disk, a read-only server."""
+
+
+class DamagedFile(PersistenceError):
+    """A file that was made to be read back is damaged or cut short; the message names it."""
 
 
 class SpoolError(PersistenceError):
