@@ -53,6 +53,7 @@ COMMENT ON TYPE claude_hook_type IS 'The hook that told us; other: see hook_type
 
 -- Tables ------------------------------------------------------------------------------------------
 
+-- Rules compare texts, not VARCHARs, whose casts a dump and its restoring would write otherwise.
 CREATE TABLE IF NOT EXISTS schema_version (
     version     INTEGER      NOT NULL,
     name        VARCHAR(100) NOT NULL,
@@ -61,7 +62,7 @@ CREATE TABLE IF NOT EXISTS schema_version (
     applied_at  TIMESTAMPTZ  NOT NULL DEFAULT now(),
 
     CONSTRAINT schema_version_pkey PRIMARY KEY (version),
-    CONSTRAINT schema_version_layout CHECK (layout IN ('plain', 'partitioned'))
+    CONSTRAINT schema_version_layout CHECK (layout::text IN ('plain', 'partitioned'))
 );
 
 CREATE TABLE IF NOT EXISTS sessions (
@@ -95,7 +96,7 @@ CREATE TABLE IF NOT EXISTS sessions (
     CONSTRAINT sessions_pkey PRIMARY KEY (session_id),
     CONSTRAINT sessions_parent_session_id_fkey FOREIGN KEY (parent_session_id)
         REFERENCES sessions (session_id) ON DELETE SET NULL,
-    CONSTRAINT sessions_known_from CHECK (known_from IN ('session', 'event', 'reference')),
+    CONSTRAINT sessions_known_from CHECK (known_from::text IN ('session', 'event', 'reference')),
     CONSTRAINT sessions_child_session_ids CHECK (jsonb_typeof(child_session_ids) = 'array')
 );
 
