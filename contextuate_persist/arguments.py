@@ -155,6 +155,8 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=_FORGET_EPILOG,
         )
     )
+    _add_backup(command("backup", "write everything into one file, while writers go on"))
+    _add_restore(command("restore", "load a backup into an empty database, as its owner"))
     _add_hook(command("hook", "have Claude Code tell what it does: a command in its settings"))
     _add_bench(command("bench", "measure a server, in a schema or database of its own there"))
     return parser
@@ -230,6 +232,55 @@ def _add_forget(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the hooks' inbox (environment: CONTEXTUATE_INBOX; else below ~/.contextuate)",
     )
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--identity", metavar="FILE", type=Path, help="secret keys of age that open the backup"
+    )
+    parser.add_argument(
+        "--passphrase-file",
+        metavar="FILE",
+        type=Path,
+        help="the passphrase of that file, if it has one (else it is asked for)",
+    )
+
+
+def _add_backup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--to",
+        metavar="FILE",
+        type=Path,
+        default=Path(),
+        help="a new file, or a directory for one named after the time (here)",
+    )
+    parser.add_argument(
+        "--recipient",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="encrypt for this public key of age (age1...), or a file of them; may be repeated",
+    )
+    parser.add_argument("--verify", action="store_true", help="read it back when it is made")
+    parser.add_argument(
+        "--make-key",
+        metavar="FILE",
+        type=Path,
+        help="make no backup but a key pair: the secret key into FILE, the public one shown",
+    )
+    _add_keys(parser)
+
+
+def _add_restore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--verify-only", action="store_true", help="read it only; no database")
+    how.add_argument(
+        "--test",
+        action="store_true",
+        help="restore into a new database on the server of --url, an administrator's, and drop it",
+    )
+    _add_keys(parser)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

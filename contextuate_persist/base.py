@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from contextuate_persist.accounts import Administrator, Names
+    from contextuate_persist.dumps import Dumper, Snapshot
     from contextuate_persist.protocol import SessionFields
     from contextuate_persist.schema import Migration, SchemaSession
 
@@ -1032,6 +1033,24 @@ class BaseStore(ABC):
             pass
         return False
 
+    # --- Backup: what backup.py asks of a database ------------------------------------------------
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """See the database as it is at this moment, over a connection of its own."""
+        return self._snapshot()
+
+    def dumper(self, server: str, made_by: str = "") -> Dumper:
+        """The server's programs; raises ConfigurationError where they are missing or too old."""
+        return self._dumper(server, made_by)
+
+    def schema_session(self, timeout: float = 60.0) -> AbstractContextManager[SchemaSession]:
+        """Hold the schema lock of the database; raises StoreUnavailable if another does."""
+        return self._schema_session(timeout)
+
+    def scratch(self, name: str) -> AbstractContextManager[BaseStore]:
+        """Make an empty database on the administrator's server, and drop it afterwards."""
+        return self._scratch(name)
+
     # --- Running ----------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
@@ -1290,6 +1309,15 @@ class BaseStore(ABC):
     @abstractmethod
     def _administration(self, names: Names) -> AbstractContextManager[Administrator]:
         """A connection of its own that makes databases and roles; raises StoreRefused."""
+
+    @abstractmethod
+    def _snapshot(self) -> AbstractContextManager[Snapshot]: ...
+
+    @abstractmethod
+    def _dumper(self, server: str, made_by: str) -> Dumper: ...
+
+    @abstractmethod
+    def _scratch(self, name: str) -> AbstractContextManager[BaseStore]: ...
 
     @abstractmethod
     def _examine(self) -> Seen:

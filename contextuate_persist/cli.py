@@ -296,6 +296,16 @@ def _dead(args: argparse.Namespace) -> int:
 
 def _forget(args: argparse.Namespace) -> int:
     return privacy.run(args, _store)
+def _backup(args: argparse.Namespace) -> int:
+    from contextuate_persist import backup_command  # noqa: PLC0415  (rarely needed)
+
+    return backup_command.run_backup(args, _store)
+
+
+def _restore(args: argparse.Namespace) -> int:
+    from contextuate_persist import backup_command  # noqa: PLC0415
+
+    return backup_command.run_restore(args, _owned_store)
 
 
 def _camel(name: str) -> str:
@@ -320,6 +330,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "spool": _spool,
     "dead": _dead,
     "forget": _forget,
+    "backup": _backup,
+    "restore": _restore,
     "hook": hook_command.run,
     "bench": _bench,
 }

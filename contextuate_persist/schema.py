@@ -10,9 +10,12 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from contextuate_persist.errors import SchemaError
+
+if TYPE_CHECKING:
+    from contextuate_persist.dumps import Contents
 
 #: The schema that this version of the library reads and writes.
 SCHEMA_VERSION = 1
@@ -49,6 +52,12 @@ class SchemaSession(Protocol):
 
     def run(self, statement: str) -> None:
         """Execute one statement."""
+        ...
+
+    def has_rows(self, table: str) -> bool: ...
+
+    def around(self, contents: Contents) -> tuple[list[str], list[str]]:
+        """What to run before and after the rows of a backup are loaded."""
         ...
 
     def record(self, version: int, name: str, checksum: str | None) -> None:

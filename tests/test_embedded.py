@@ -471,7 +471,7 @@ def test_a_socket_directory_that_others_could_have_planted_is_refused(here: Path
 def test_without_any_postgresql_the_error_names_what_would_help(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(embedded, "_candidates", lambda: iter([(Path("/nonexistent"), "PATH")]))
+    monkeypatch.setattr(embedded, "candidates", lambda: iter([(Path("/nonexistent"), "PATH")]))
     with pytest.raises(ConfigurationError) as caught:
         find_postgresql()
     for help_ in ("contextuate-persist[embedded]", "`postgresql`", "CONTEXTUATE_DATABASE_URL"):
@@ -616,17 +616,17 @@ def test_binaries_are_found_in_the_path_in_debians_directories_and_by_pg_config(
     (tmp_path / "pg_config").write_text(f"#!/bin/sh\necho '{original}'\n")
     (tmp_path / "pg_config").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    first, *debian, last = embedded._candidates()
+    first, *debian, last = embedded.candidates()
     assert (first, last) == ((original, "PATH"), (original, "pg_config"))
     majors = [int(bindir.parent.name) for bindir, _ in debian]
     assert majors == sorted(majors, reverse=True)
     assert find_postgresql().bindir == original
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert list(embedded._candidates()) == debian
+    assert list(embedded.candidates()) == debian
 
 
 def test_the_wanted_major_version_is_preferred_and_another_taken_if_it_is_missing() -> None:
-    there = [PostgreSQLBinaries.of(*candidate) for candidate in embedded._candidates()]
+    there = [PostgreSQLBinaries.of(*candidate) for candidate in embedded.candidates()]
     for major in {binaries.major for binaries in there if binaries and binaries.major >= 12}:
         assert find_postgresql(major).major == major
     assert find_postgresql(99) == find_postgresql()
