@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from contextuate_persist import encryption, schema
@@ -42,6 +42,9 @@ from contextuate_persist.errors import (
     SchemaError,
 )
 from contextuate_persist.spool import sync_directory
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT = 1
 PART_BYTES = 8 * 2**20
@@ -121,7 +124,7 @@ def backup(
                 for name in ("server", "version", "layout", "namespace")
             },
         }
-        writer = _Writer(stream)
+        writer = stack.enter_context(_Writer(stream))
         writer.add("backup.json", _json(about))
         script = schema.schema_file(f"{store.backend}-schema.sql").read_bytes()
         writer.add("schema.sql", script)
@@ -258,8 +261,21 @@ class _Writer:
     """Writes members into a tar, and their sums as the last."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._tar = tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._stream = stream
+        self._broken = False
+        own = cast("IO[bytes]", self)
+        self._tar = tarfile.open(fileobj=own, mode="w|", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._sums: list[str] = []
+
+    def write(self, data: bytes) -> int:
+        """For the tar, which writes what it still has when it is thrown away, too."""
+        return len(data) if self._broken else self._stream.write(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._broken = kind is not None
 
     def add(self, name: str, data: bytes) -> None:
         self._sums.append(f"{hashlib.sha256(data).hexdigest()}  {name}\n")

@@ -22,6 +22,8 @@ OwnedStore = Callable[[argparse.Namespace], AbstractContextManager[BaseStore]]
 def run_backup(args: argparse.Namespace, open_given: OpenStore) -> int:
     """Make a backup and say what is in it."""
     if args.make_key is not None:
+        if args.recipient:
+            raise ConfigurationError("--make-key: makes no backup, and so takes no --recipient")
         public = encryption.new_identity(args.make_key)
         if args.json:
             show_json([{"identity": str(args.make_key), "recipient": public}])

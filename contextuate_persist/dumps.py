@@ -462,6 +462,7 @@ class MySQLDumper:
             "--skip-disable-keys",
             "--skip-add-drop-table",
             *words,
+            "--",
             self._database,
         ]
 
@@ -511,7 +512,7 @@ class MySQLDumper:
     def _mysql(self) -> Iterator[Program]:
         # --binary-mode also keeps every command of the client but DELIMITER from being obeyed.
         words = ["--binary-mode", "--default-character-set=utf8mb4", "--max-allowed-packet=1G"]
-        with self._run("mysql", *words, self._database, takes_input=True) as program:
+        with self._run("mysql", *words, "--", self._database, takes_input=True) as program:
             yield program
 
 
@@ -537,5 +538,13 @@ def _client_options(arguments: Mapping[str, Any], settings: Mapping[str, str]) -
 
 
 def _quoted(text: str) -> str:
-    escapes = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b"}
+    escapes = {
+        "\\": "\\\\",
+        '"': '\\"',
+        "'": "\\'",
+        "\n": "\\n",
+        "\r": "\\r",
+        "\t": "\\t",
+        "\b": "\\b",
+    }
     return "".join(escapes.get(sign, sign) for sign in text)

@@ -18,6 +18,7 @@ import random
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -663,6 +664,13 @@ class MySQLInstallation:
             return [*loader, str(Path(server).parents[1] / "bin" / name)]
         return [shutil.which(name) or name]
 
+    def write_tools(self, directory: Path) -> None:
+        """Put the client programs where PATH may find them, whatever loader they need."""
+        for name in ("mysql", "mysqldump", "mysqlbinlog"):
+            script = directory / name
+            script.write_text(f'#!/bin/sh\nexec {shlex.join(self.tool(name))} "$@"\n')
+            script.chmod(0o755)
+
 
 def cache_directory() -> Path:
     default = Path.home() / ".cache" / "contextuate_persist-tests"
@@ -694,7 +702,8 @@ def find_mysql() -> Iterator[MySQLInstallation]:
         version = re.search(r"Ver (\d+\.\d+\.\d+)", text)
         if version and "MariaDB" not in text:
             yield MySQLInstallation((server,), (), version[1], "PATH")
-    root = cache_directory() / f"mysql-{platform.machine()}"
+    # The number rises when more of the packages is kept than an older cache has.
+    root = cache_directory() / f"mysql-2-{platform.machine()}"
     if not root.is_dir():
         with _cache_lock("mysql") as cache:
             if not root.is_dir():
@@ -838,8 +847,8 @@ def _apt_download(work: Path) -> None:
 
 
 def _trim_mysql(root: Path) -> None:
-    """Leave what the server and the three client programs need: a third of the whole."""
-    programs = {"mysql", "mysqldump", "mysqladmin"}
+    """Leave what the server and the four client programs need: a third of the whole."""
+    programs = {"mysql", "mysqldump", "mysqladmin", "mysqlbinlog"}
     for program in (root / "usr/bin").iterdir():
         if program.name not in programs:
             program.unlink()

@@ -319,6 +319,8 @@ def test_every_option_of_every_command_takes_hostile_text_or_refuses_it_in_one_l
         "setup": [backend],
         "spool": ["status"],
         "dead": ["list"],
+        "backup": ["--recipient", "/dev/null"],
+        "restore": ["/dev/null"],
     }
     for variable in ("PG_PORT", "MYSQL_PORT"):
         monkeypatch.setenv(variable, "1")  # where no server is

@@ -1,0 +1,812 @@
+"""Backup and restore: all comes back, or nothing, and nobody sees a password."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from contextuate_persist import (
+    ConfigurationError,
+    DamagedFile,
+    SchemaError,
+    accounts,
+    dumps,
+    embedded,
+    encryption,
+    open_store,
+)
+from contextuate_persist import backup as backup_module
+from contextuate_persist.accounts import Names
+from contextuate_persist.backup import backup, restore, restore_test, verify_backup
+from contextuate_persist.base import BaseStore
+from contextuate_persist.cli import main
+from contextuate_persist.config import ENVIRONMENT_URL
+from contextuate_persist.doctor import Level
+from tests import servers
+from tests.authority import ELSEWHERE, Authority
+from tests.builders import T0, event, session, usage
+from tests.conftest import Database, make_store, new_database
+
+PAYLOADS: list[dict[str, Any]] = [
+    {},
+    {"nul": "a\0b", "lone": "\ud800", "big": 10**40, "float": 1e22, "minus": -0.0},
+    {"sql": "it''s \" delimiter ## q## some text ## '\nDELIMITER //\nDROP TABLE sessions //\n"},
+    {"quotes": "\\'\\\"\\\\ \\. \\N \\! /*!50000 x */ -- \r\n\t\b\x1a\x7f", "ünï": "😀\u2028"},
+    {"deep": {"a": [[[[{"b": None}]]]]}, "long": "x" * 2**20},
+    {"copy": "\\.\n\\.\r\n", "psql": "\\! touch owned\n\\restrict\n:name :'x' $$ $1"},
+    {"huge": "y" * (3 * 2**20)},
+]
+
+
+@pytest.fixture(scope="session")
+def _mysql_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tools")
+    next(iter(servers.find_mysql())).write_tools(directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MySQL's client programs on the PATH, as on a machine that has them installed."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("backend") == "mysql":
+        tools = request.getfixturevalue("_mysql_tools")
+        monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+
+
+@pytest.fixture
+def filled(database: Database, store: BaseStore) -> BaseStore:
+    """A store with everything that a store can hold."""
+    store.save_session(session("root", label="nul \0 \ud800", child_session_ids=("kid", "gone")))
+    store.save_session(session("kid", parent_session_id="root", is_pinned=True))
+    store.save_session(session("päth 😀'\"\\"))
+    store.save_session(session("gone"))
+    events = [event("root", T0 + n // 2, data=data) for n, data in enumerate(PAYLOADS)]
+    store.save_events([*events, event("orphan", event_type="of_tomorrow", hook_type="New")])
+    store.save_usage("root", [usage("msg_1", 7), usage("msg_2", 8)])
+    store.save_event(event("kid", T0 + 10_000))
+    store.delete_session("gone")
+    return store
+
+
+def everything(database: Database) -> dict[str, list[Any]]:
+    """All rows of all tables, each column but the derived ones."""
+    hidden = {"effective_parent_id"}
+    found = {}
+    for table in ("sessions", "events", "token_ledger", "deleted_sessions", "schema_version"):
+        rows = database.execute(
+            "SELECT column_name FROM information_schema.columns "
+            f"WHERE table_name = '{table}' AND table_schema = "
+            + ("current_schema()" if database.backend == "postgresql" else "DATABASE()")
+        )
+        names = sorted({row[0] for row in rows} - hidden)
+        found[table] = sorted(
+            map(repr, database.execute(f"SELECT {', '.join(names)} FROM {table}"))
+        )
+    return found
+
+
+def problems(store: BaseStore) -> list[str]:
+    """What `check` says, but for the administrator's privileges, which tests use."""
+    return [
+        str(one)
+        for one in store.check()
+        if one.level is Level.PROBLEM or (one.level is Level.WARNING and one.check == "schema")
+    ]
+
+
+@pytest.fixture
+def target(server: servers.Server) -> Iterator[Callable[[], Database]]:
+    """Makes empty databases."""
+    made: list[Database] = []
+
+    def make() -> Database:
+        made.append(new_database(server))
+        return made[-1]
+
+    yield make
+    for database in made:
+        database.drop()
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> tuple[str, Path]:
+    return encryption.new_identity(tmp_path / "key"), tmp_path / "key"
+
+
+# --- There and back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema_first", [False, True])
+def test_everything_comes_back(
+    filled: BaseStore,
+    database: Database,
+    target: Callable[[], Database],
+    tmp_path: Path,
+    schema_first: bool,
+) -> None:
+    made = backup(filled, tmp_path / "b")
+    assert verify_backup(tmp_path / "b") == made
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o600
+    empty = target()
+    if schema_first:
+        empty.owner().apply_schema()
+    assert restore(empty.owner(), tmp_path / "b") == made
+    found, expected = everything(empty), everything(database)
+    if schema_first:  # which then keeps when it was applied
+        found["schema_version"] = expected["schema_version"]
+    assert found == expected
+    with make_store(empty.owner_url) as restored:
+        assert restored.get_sessions() == filled.get_sessions()
+        assert list(restored.iter_events()) == list(filled.iter_events())
+        cursors = [[one.cursor for one in each.iter_events()] for each in (restored, filled)]
+        assert cursors[0] == cursors[1]
+        assert restored.save_event(event("gone", T0 - 1)) is False  # the deletion holds
+        assert problems(restored) == []
+
+
+def test_a_sequence_does_not_go_back_behind_what_was_given_out(
+    filled: BaseStore, database: Database, target: Callable[[], Database], tmp_path: Path
+) -> None:
+    filled.save_event(event("newest", T0))
+    (newest,) = filled.get_events("newest")
+    filled.delete_session("newest")
+    with make_store(database.owner_url) as owner:
+        backup(owner, tmp_path / "b")
+    for schema_first in (False, True):
+        empty = target()
+        if schema_first:
+            empty.owner().apply_schema()
+        restore(empty.owner(), tmp_path / "b")
+        with make_store(empty.owner_url) as restored:
+            restored.save_event(event("next", T0))
+            assert restored.get_events("next")[0].cursor > newest.cursor
+
+
+def test_an_empty_store_is_backed_up_and_restored(
+    store: BaseStore, target: Callable[[], Database], tmp_path: Path
+) -> None:
+    backup(store, tmp_path / "b")
+    empty = target()
+    restore(empty.owner(), tmp_path / "b")
+    with make_store(empty.owner_url) as restored:
+        assert restored.get_sessions() == []
+        assert restored.save_event(event()) is True
+
+
+def test_tables_of_others_are_not_taken_along(
+    filled: BaseStore, database: Database, target: Callable[[], Database], tmp_path: Path
+) -> None:
+    database.execute("CREATE TABLE theirs (secret INT)")
+    database.execute("CREATE VIEW their_view AS SELECT * FROM theirs")
+    try:
+        backup(filled, tmp_path / "b")
+    finally:
+        database.execute("DROP VIEW their_view")
+        database.execute("DROP TABLE theirs")
+    empty = target()
+    restore(empty.owner(), tmp_path / "b")
+    rows = empty.execute(
+        "SELECT table_name FROM information_schema.tables WHERE table_name LIKE 'their%' "
+        + ("" if database.backend == "postgresql" else "AND table_schema = DATABASE()")
+    )
+    assert rows == []
+
+
+class Keeper:
+    def __init__(self) -> None:
+        self.kept: dict[str, accounts.Account] = {}
+
+    def require(self) -> None: ...
+
+    def keep(self, account: accounts.Account) -> None:
+        self.kept[account.purpose] = account
+
+
+def test_the_accounts_that_setup_makes_back_up_and_its_database_takes_it(
+    server: servers.Server, tmp_path: Path
+) -> None:
+    """The read-only account makes the backup; what a new set-up made is restored into."""
+    drops = []
+    try:
+        for round_ in ("one", "two"):
+            names = Names().of(f"{round_}_{random.randrange(10**6)}")
+            drops.append(names)
+            keeper = Keeper()
+            url = server.url("postgres" if server.kind == "postgresql" else "mysql")
+            with open_store(url).administer(names) as administrator:
+                list(accounts.provide(administrator, keeper))
+                owner = administrator.owner_store()
+            urls = {
+                purpose: server.url(names.database, account.user, account.password)
+                for purpose, account in keeper.kept.items()
+            }
+            with make_store(urls["application"]) as application:
+                if round_ == "one":
+                    application.save_events([event(data=data) for data in PAYLOADS])
+                    application.save_usage("s", [usage()])
+                    with make_store(urls["read-only"]) as reader:
+                        backup(reader, tmp_path / "b")
+                    backup(application, tmp_path / "b2")
+                else:
+                    restore(owner, tmp_path / "b")
+                    assert len(application.get_events("s")) == len(PAYLOADS)
+                    assert application.save_event(event()) is True
+                    assert problems(application) == []
+    finally:
+        for names in drops:
+            server.drop_database(names.database)
+            for role in (names.application, names.reader, names.owner):
+                server.drop_login(role)
+
+
+def test_a_backup_sees_one_moment_while_writers_go_on(
+    database: Database, store: BaseStore, target: Callable[[], Database], tmp_path: Path
+) -> None:
+    """Each writer's events are there up to some point, without a gap."""
+    stop = threading.Event()
+    store.save_events([event(f"old{n}", data={"x": "y" * 2000}) for n in range(500)])
+
+    def write(writer: int) -> None:
+        with make_store(database.url) as own:
+            number = 0
+            while not stop.is_set():
+                own.save_event(event(f"w{writer}", T0 + number, data={"n": number}))
+                number += 1
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(0.3)
+        made = backup(store, tmp_path / "b")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert made.moving <= 3
+    empty = target()
+    restore(empty.owner(), tmp_path / "b")
+    with make_store(empty.owner_url) as restored:
+        for n in range(3):
+            numbers = [one.data["n"] for one in restored.get_events(f"w{n}", limit=100_000)]
+            assert numbers == list(range(len(numbers)))
+            assert numbers
+            assert len(numbers) <= len(store.get_events(f"w{n}", limit=100_000))
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(filled: BaseStore, tmp_path: Path) -> Path:
+    return Path(backup(filled, tmp_path / "made.backup").path)
+
+
+def test_an_encrypted_backup_needs_its_key(
+    filled: BaseStore,
+    target: Callable[[], Database],
+    tmp_path: Path,
+    key: tuple[str, Path],
+) -> None:
+    public, identity = key
+    path = tmp_path / "b.age"
+    made = backup(filled, path, recipients=[public])
+    assert made.encrypted
+    assert b"backup.json" not in path.read_bytes()
+    assert b"DROP TABLE" not in path.read_bytes()
+    assert verify_backup(path, identity=identity) == made
+    with pytest.raises(ConfigurationError, match="--identity"):
+        verify_backup(path)
+    encryption.new_identity(tmp_path / "other")
+    with pytest.raises(ConfigurationError, match="not encrypted for this key"):
+        verify_backup(path, identity=tmp_path / "other")
+    size = path.stat().st_size
+    for cut in (0, 10, 500, size // 2, size - 1):
+        damaged = tmp_path / f"cut{cut}"
+        damaged.write_bytes(path.read_bytes()[:cut])
+        with pytest.raises(DamagedFile):
+            verify_backup(damaged, identity=identity)
+    empty = target()
+    restore(empty.owner(), path, identity=identity)
+    with make_store(empty.owner_url) as restored:
+        assert list(restored.iter_events()) == list(filled.iter_events())
+
+
+def test_what_is_damaged_or_cut_is_noticed_before_anything_is_changed(
+    made: Path, target: Callable[[], Database], tmp_path: Path
+) -> None:
+    data = made.read_bytes()
+    with tarfile.open(made) as tar:
+        last = tar.getmember("SHA256SUMS")
+    empty = target()
+    chance = random.Random(1)
+    for number in range(60):
+        changed = bytearray(data)
+        place = chance.randrange(last.offset_data + last.size)
+        if number % 2:
+            del changed[place:]
+        else:
+            changed[place] ^= 1 << chance.randrange(8)
+        path = tmp_path / "damaged"
+        path.write_bytes(changed)
+        # Of what a tar says of a member nothing matters but its name, size and content.
+        if number % 2 == 0 and content(path) == content(made):
+            continue
+        with pytest.raises((DamagedFile, ConfigurationError)) as caught:
+            restore(empty.owner(), path)
+        assert "\n" not in str(caught.value)
+    assert empty.execute(
+        "SELECT count(*) FROM information_schema.tables WHERE table_name = 'sessions'"
+        + (" AND table_schema = DATABASE()" if empty.backend == "mysql" else "")
+    ) == [(0,)]
+
+
+def content(path: Path) -> list[tuple[str, bytes]] | None:
+    try:
+        with tarfile.open(path, mode="r|") as tar:
+            return [(one.name, tar.extractfile(one).read()) for one in tar]  # type: ignore[union-attr]
+    except (tarfile.TarError, AttributeError):
+        return None
+
+
+def test_what_is_no_backup_is_refused_in_one_line(
+    database: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "tar", "w") as tar:
+        info = tarfile.TarInfo("x")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+    (tmp_path / "text").write_text("no backup\n" * 1000)
+    (tmp_path / "empty").touch()
+    (tmp_path / "age").write_bytes(b"age-encryption.org/v1\n-> X25519 x\n")
+    encryption.new_identity(tmp_path / "key")
+    for name in ("tar", "text", "empty", "age", "missing", "."):
+        given = ["restore", str(tmp_path / name), "--url", database.owner_url]
+        assert main([*given, "--identity", str(tmp_path / "key")]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        lines = [one for one in captured.err.splitlines() if "warning: a password" not in one]
+        assert len(lines) == 1
+
+
+def test_a_backup_of_the_other_database_is_refused(
+    made: Path, target: Callable[[], Database], tmp_path: Path, backend: str
+) -> None:
+    other = "mysql" if backend == "postgresql" else "postgresql"
+    members = content(made)
+    assert members is not None
+    stream = (tmp_path / "other").open("wb")
+    with stream:
+        writer = backup_module._Writer(stream)
+        for name, data in members[:-1]:
+            changed = data.replace(
+                f'"backend": "{backend}"'.encode(), f'"backend": "{other}"'.encode()
+            )
+            writer.add(name, changed if name.endswith(".json") else data)
+        writer.finish()
+    with pytest.raises(ConfigurationError, match=f"a backup of {other}, and the database is"):
+        restore(target().owner(), tmp_path / "other")
+
+
+def test_nothing_is_overwritten_and_a_directory_gets_a_new_file(
+    store: BaseStore, tmp_path: Path
+) -> None:
+    (tmp_path / "there").write_text("precious")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("there", "link"):
+        with pytest.raises(FileExistsError):
+            backup(store, tmp_path / name)
+    assert (tmp_path / "there").read_text() == "precious"
+    (tmp_path / "directory").mkdir()
+    made = Path(backup(store, tmp_path / "directory").path)
+    assert list((tmp_path / "directory").iterdir()) == [made]
+    with pytest.raises(FileNotFoundError):
+        backup(store, tmp_path / "missing" / "b")
+
+
+def test_a_full_disk_leaves_no_half_file(
+    filled: BaseStore, database: Database, tmp_path: Path
+) -> None:
+    code = (
+        "import resource, sys; from contextuate_persist.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "backup", "--to", str(tmp_path / "b")],
+        env={**os.environ, ENVIRONMENT_URL: database.url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "contextuate-persist: error: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_never_needs_more_memory_than_it_should(
+    filled: BaseStore, target: Callable[[], Database], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(backup_module, "PART_BYTES", 1000)
+    backup(filled, tmp_path / "b")
+    sizes = [len(data) for name, data in content(tmp_path / "b") or () if name.startswith("data.")]
+    assert len(sizes) > 10
+    assert max(sizes) == 1000
+    restore(target().owner(), tmp_path / "b")
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def test_a_database_that_holds_anything_is_left_alone(
+    made: Path, database: Database, target: Callable[[], Database]
+) -> None:
+    before = everything(database)
+    with pytest.raises(ConfigurationError, match="holds data.* make another database"):
+        restore(database.owner(), made)
+    assert everything(database) == before
+    foreign = target()
+    foreign.execute("CREATE TABLE sessions (x INT)")
+    with pytest.raises(SchemaError, match="of another origin"):
+        restore(foreign.owner(), made)
+
+
+def test_another_version_of_the_schema_names_who_restores_it(
+    made: Path, target: Callable[[], Database], monkeypatch: Any
+) -> None:
+    old = target()
+    old.owner().apply_schema()
+    old.execute("UPDATE schema_version SET version = 0")
+    with pytest.raises(SchemaError, match="restore into a database without a schema"):
+        restore(old.owner(), made)
+    monkeypatch.setattr("contextuate_persist.schema.SCHEMA_VERSION", 2)
+    with pytest.raises(SchemaError, match=r"restore it with contextuate-persist 0\.1"):
+        restore(target().owner(), made)
+
+
+def test_an_account_that_may_not_is_told_so_in_one_line(
+    made: Path, target: Callable[[], Database], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    empty = target()
+    monkeypatch.setenv(ENVIRONMENT_URL, empty.url)
+    assert main(["restore", str(made)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "denied" in line
+
+
+def test_missing_or_old_programs_are_named_with_what_to_install(
+    store: BaseStore, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(embedded, "candidates", lambda: iter(()))
+    package = "postgresql-client-" if backend == "postgresql" else "mysql-client-core"
+    with pytest.raises(ConfigurationError, match=f"not installed: .*{package}"):
+        backup(store, tmp_path / "b")
+    for version in ("pg_dump (PostgreSQL) 9.6.1", "mysqldump  Ver 10.11 Distrib MariaDB"):
+        for name in ("pg_dump", "pg_restore", "psql", "mysqldump", "mysql"):
+            (tmp_path / name).write_text(f"#!/bin/sh\necho '{version}'\n")
+            (tmp_path / name).chmod(0o755)
+        if ("mysql" in version) == (backend == "mysql"):
+            with pytest.raises(ConfigurationError, match=f"(too old|MariaDB).*{package}"):
+                backup(store, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_dump_that_fails_gives_its_reason_and_no_file(
+    store: BaseStore,
+    backend: str,
+    server: servers.Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """pg_dump ends in the middle, as a server that goes away would have it."""
+    directory = tmp_path / "programs"
+    directory.mkdir()
+    name = "pg_dump" if backend == "postgresql" else "mysqldump"
+    real = programs(server)
+    for program in ("pg_dump", "pg_restore", "psql", "mysqldump", "mysql"):
+        (directory / program).write_text(f'#!/bin/sh\nexec "{real / program}" "$@"\n')
+        (directory / program).chmod(0o755)
+    (directory / name).write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec "{real / name}" --version\n'
+        f"echo half; echo '{name}: error: the server went away' >&2; exit 3\n"
+    )
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    with pytest.raises(Exception, match="error: the server went away"):
+        backup(store, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == [directory]
+
+
+def programs(server: servers.Server) -> Path:
+    if server.kind == "postgresql":
+        return dumps._postgresql_programs(int(server.version.split()[1].split(".")[0]))[0]
+    found = shutil.which("mysqldump")
+    assert found is not None
+    return Path(found).parent
+
+
+def test_settings_are_left_out_that_an_older_server_does_not_know() -> None:
+    head = b"SET lock_timeout = 0;\nSET transaction_timeout = 0;\nSET client_encoding = 'UTF8';\n"
+    assert dumps._understood(head, 17) == head
+    assert dumps._understood(head, 16) == head.replace(b"SET transaction_timeout = 0;\n", b"")
+
+
+# --- Secrets --------------------------------------------------------------------------------------
+
+
+def test_no_password_is_on_any_command_line(
+    filled: BaseStore,
+    database: Database,
+    backend: str,
+    server: servers.Server,
+    target: Callable[[], Database],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every program is run by one that looks at every command line of the machine first."""
+    password = "pa ss'w\\o\"r:d#%"
+    login = f"reader_{random.randrange(10**9)}"
+    real = programs(server)
+    directory = tmp_path / "programs"
+    directory.mkdir()
+    secret = directory / "secret"
+    secret.write_text("ss'w\n")
+    seen, looked = tmp_path / "seen", tmp_path / "looked"
+    for name in ("pg_dump", "pg_restore", "psql", "mysqldump", "mysql"):
+        (directory / name).write_text(
+            "#!/bin/sh\n"
+            f"echo {name} >> {looked}\n"
+            "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' "
+            f"| grep -aF -f {secret} >> {seen}\n"
+            f'exec "{real / name}" "$@"\n'
+        )
+        (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    empty = target()
+    logins = {each.name: f"{login}_{number}" for number, each in enumerate((database, empty))}
+    for each, name in logins.items():
+        server.create_login(name, password, each, ("ALL",))
+    try:
+        url = server.url(database.name, logins[database.name], password)
+        monkeypatch.setenv(ENVIRONMENT_URL, url)
+        assert main(["backup", "--to", str(tmp_path / "b"), "--verify", "-v"]) == 0
+        own = server.url(empty.name, logins[empty.name], password)
+        monkeypatch.setenv(ENVIRONMENT_URL, own)
+        if backend == "postgresql":
+            empty.execute(f'GRANT ALL ON SCHEMA public TO "{logins[empty.name]}"')
+        assert main(["restore", str(tmp_path / "b"), "-v"]) == 0
+    finally:
+        for each, name in logins.items():
+            server.drop_login(name, each)
+    expected = (
+        {"pg_dump", "pg_restore", "psql"} if backend == "postgresql" else {"mysqldump", "mysql"}
+    )
+    assert set(looked.read_text().split()) == expected
+    assert seen.read_text() == ""
+    captured = capsys.readouterr()
+    assert "ss'w" not in captured.out + captured.err
+    assert "ss%27w" not in captured.out + captured.err
+
+
+def test_the_urls_tls_settings_hold_for_the_programs(
+    tls_server: servers.Server,
+    backend: str,
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that takes nobody without TLS; and a program that is told of another authority."""
+    database = new_database(tls_server)
+    try:
+        database.owner().apply_schema()
+        if backend == "mysql":
+            database.execute(f"ALTER USER '{database.user}'@'%' REQUIRE SSL")
+        place = database.url.replace("127.0.0.1", ELSEWHERE)
+        right = urlencode({"sslmode": "verify-full", "sslrootcert": str(authority.file)})
+        with make_store(f"{place}?{right}") as store:
+            backup(store, tmp_path / "b")
+            other = tmp_path / "other.pem"
+            (tmp_path / "made").mkdir()
+            other.write_bytes(Authority(tmp_path / "made").file.read_bytes())
+            if backend == "postgresql":
+                monkeypatch.setattr(
+                    store,
+                    "_conninfo",
+                    store._conninfo.replace(str(authority.file), str(other)),  # type: ignore[attr-defined]
+                )
+            else:
+                monkeypatch.setitem(store._tls, "sslrootcert", str(other))  # type: ignore[attr-defined]
+            dumper = store.dumper("17" if backend == "postgresql" else "9")
+            snapshot = open_snapshot(database)
+            with pytest.raises(Exception, match="certificate|SSL"):
+                dumper.structure(snapshot, _NoSnapshot())
+    finally:
+        database.drop()
+
+
+class _NoSnapshot:
+    name = None
+
+    def contents(self) -> dumps.Contents:
+        raise NotImplementedError
+
+    def sums(self) -> Iterator[dumps.Sums]:
+        raise NotImplementedError
+
+
+def open_snapshot(database: Database) -> dumps.Contents:
+    with make_store(database.owner_url) as store, store.snapshot() as snapshot:
+        return snapshot.contents()
+
+
+# --- Killed ---------------------------------------------------------------------------------------
+
+
+def start(*arguments: str, url: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "contextuate_persist", *arguments],
+        env={**os.environ, ENVIRONMENT_URL: url},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def kill_and_restore(
+    store: BaseStore, target: Callable[[], Database], tmp_path: Path, kills: int
+) -> None:
+    store.save_events(
+        [event(f"s{n % 50}", T0 + n, data={"x": "y" * 1500, "n": n}) for n in range(6000)]
+    )
+    backup(store, tmp_path / "b")
+    empty = target()
+    begun = time.monotonic()
+    whole = start("restore", str(tmp_path / "b"), url=empty.owner_url)
+    assert whole.wait(120) == 0
+    assert whole.stderr is not None
+    whole.stderr.close()
+    seconds = time.monotonic() - begun
+    for number in range(kills):
+        empty = target()
+        if number % 2:
+            empty.owner().apply_schema()
+        process = start("restore", str(tmp_path / "b"), url=empty.owner_url)
+        time.sleep(random.uniform(0.3, 1) * seconds)
+        process.kill()
+        process.communicate(timeout=60)
+        for _ in range(100):
+            try:
+                restore(empty.owner(), tmp_path / "b")
+                break
+            except ConfigurationError as error:
+                # It was through with its rows, and only not yet with comparing.
+                assert "holds data" in str(error)  # noqa: PT017
+                lines = backup_module._Reader(tmp_path / "b", None, None, None)
+                lines.verify()
+                with lines.members() as members:
+                    sums = backup_module._Parts(members, "sessions")
+                    backup_module._compare(
+                        empty.owner(),
+                        lines,
+                        backup_module._lines(backup_module._decompressed(sums)),
+                    )
+                break
+            except Exception:
+                time.sleep(0.1)  # the server has not yet seen that its client is gone
+        with make_store(empty.owner_url) as restored:
+            assert sum(restored.event_counts().values()) == 6000
+            assert problems(restored) == []
+
+
+def test_a_restore_that_was_killed_is_run_again(
+    store: BaseStore, target: Callable[[], Database], tmp_path: Path
+) -> None:
+    kill_and_restore(store, target, tmp_path, 2)
+
+
+@pytest.mark.soak
+def test_a_restore_that_was_killed_twenty_times_is_run_again_each_time(
+    store: BaseStore, target: Callable[[], Database], tmp_path: Path
+) -> None:
+    kill_and_restore(store, target, tmp_path, 20)
+
+
+def test_a_backup_that_was_killed_leaves_nothing_under_its_name(
+    filled: BaseStore, database: Database, tmp_path: Path
+) -> None:
+    for _ in range(3):
+        process = start("backup", "--to", str(tmp_path / "b"), url=database.url)
+        until = time.monotonic() + 30
+        while not list(tmp_path.glob(".b.*")) and time.monotonic() < until:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert not (tmp_path / "b").exists()
+    assert verify_backup(backup(filled, tmp_path / "b").path)
+
+
+# --- The commands ---------------------------------------------------------------------------------
+
+
+def test_the_commands_say_what_was_done(
+    filled: BaseStore,
+    database: Database,
+    server: servers.Server,
+    target: Callable[[], Database],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, key = str(tmp_path / "b.age"), str(tmp_path / "key")
+    monkeypatch.setenv(ENVIRONMENT_URL, database.url)
+
+    def run(*arguments: str) -> list[str]:
+        assert main(arguments) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out.splitlines()
+
+    (public,) = run("backup", "--make-key", key)
+    lines = run("backup", "--to", path, "--recipient", public, "--verify", "--identity", key)
+    assert re.fullmatch(r".*b\.age: made, read back and found whole", lines[0])
+    assert re.match(r"4 sessions, 9 events of \w+ database test_", lines[1])
+    assert run("restore", path, "--identity", key, "--verify-only")[0].endswith("as it was written")
+    (record,) = map(json.loads, run("restore", path, "--identity", key, "--verify-only", "--json"))
+    assert (record["sessions"], record["events"], record["messages"]) == (4, 9, 2)
+    assert (record["deletions"], record["encrypted"], record["moving"]) == (1, True, 0)
+    before = databases(server)
+    monkeypatch.setenv(ENVIRONMENT_URL, server.admin_url)
+    (record,) = map(json.loads, run("restore", path, "--identity", key, "--test", "--json"))
+    assert "dropped again" in record["done"]
+    assert databases(server) == before
+    monkeypatch.setenv(ENVIRONMENT_URL, target().owner_url)
+    assert "the same" in run("restore", path, "--identity", key)[0]
+
+
+def databases(server: servers.Server) -> list[Any]:
+    return server.execute(
+        "SELECT datname FROM pg_database ORDER BY 1"
+        if server.kind == "postgresql"
+        else "SHOW DATABASES"
+    )
+
+
+def test_a_test_finds_what_the_files_own_sums_do_not(
+    made: Path, server: servers.Server, tmp_path: Path
+) -> None:
+    """A backup whose list of sessions is another's: whole as a file, wrong as a backup."""
+    assert restore_test(made, server.admin_url).path == str(made)
+    members = content(made)
+    assert members is not None
+    with (tmp_path / "wrong").open("wb") as stream:
+        writer = backup_module._Writer(stream)
+        for name, data in members[:-1]:
+            if name.startswith("sessions."):
+                lines = b"".join(backup_module._decompressed([data])).splitlines(keepends=True)
+                one = json.loads(lines[0])
+                one[0][3] += 1
+                changed = [backup_module._json(one), *lines[1:]]
+                writer.add(name, b"".join(backup_module._compressed(changed)))
+            else:
+                writer.add(name, data)
+        writer.finish()
+    assert verify_backup(tmp_path / "wrong")
+    with pytest.raises(DamagedFile, match="differs from the backup: session kid"):
+        restore_test(tmp_path / "wrong", server.admin_url)
