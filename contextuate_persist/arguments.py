@@ -272,7 +272,7 @@ def _add_backup(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("file", metavar="FILE", help="what `backup` made")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--verify-only", action="store_true", help="read it only; no database")
     how.add_argument(

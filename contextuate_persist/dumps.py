@@ -278,13 +278,12 @@ class PostgreSQLDumper:
                 yield running
 
     def _dump(self, contents: Contents, snapshot: Snapshot) -> list[str]:
-        assert contents.sequence is not None  # noqa: S101  (PostgreSQL's has one)
         return [
             "--format=custom",
             "--no-owner",
             "--no-privileges",
             # An account that only reads may not ask a sequence; where it stood is known.
-            f"--exclude-table-data={contents.sequence}",
+            *([f"--exclude-table-data={contents.sequence}"] if contents.sequence else []),
             *([f"--snapshot={snapshot.name}"] if snapshot.name else []),
         ]
 
