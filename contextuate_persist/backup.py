@@ -126,8 +126,7 @@ def backup(
         }
         writer = stack.enter_context(_Writer(stream))
         writer.add("backup.json", _json(about))
-        script = schema.schema_file(f"{store.backend}-schema.sql").read_bytes()
-        writer.add("schema.sql", script)
+        writer.add("schema.sql", _script(store.backend, contents.layout))
         writer.add(_STRUCTURE[store.backend], dumper.structure(contents, snapshot))
         with dumper.data(contents, snapshot) as program:
             if snapshot.name is not None:
@@ -160,6 +159,13 @@ def backup(
         contents=contents,
         moving=lines.moving,
     )
+
+
+def _script(backend: str, layout: str) -> bytes:
+    script = schema.schema_file(f"{backend}-schema.sql").read_bytes()
+    if backend == "postgresql" and layout != "plain":  # it has a function of its own
+        script += schema.schema_file(f"{backend}-{layout}.sql").read_bytes()
+    return script
 
 
 def _target(store: BaseStore, path: Path, *, encrypted: bool) -> Path:
@@ -530,7 +536,7 @@ def _needs_structure(session: schema.SchemaSession, contents: Contents) -> bool:
     return False
 
 
-_OURS = ("sessions", "events", "token_ledger", "deleted_sessions")
+_OURS = ("sessions", "events", "event_ids", "token_ledger", "deleted_sessions")
 
 
 class _Parts:
@@ -582,12 +588,13 @@ def _compare(store: BaseStore, reader: _Reader, lines: Iterator[list[Sums | None
     count = 0
     with store.snapshot() as snapshot:
         now = snapshot.contents()
-        for name in ("sessions", "events", "messages", "deletions"):
+        for name in ("sessions", "events", "messages", "deletions", "ids"):
             bounds = sorted((getattr(before, name), getattr(after, name)))
             if not bounds[0] <= getattr(now, name) <= bounds[1]:
                 wrong.append(f"{getattr(now, name):,} {name} instead of {bounds[0]:,}")
-        if before == after and now.deletions_sum != before.deletions_sum:
-            wrong.append("other deletions")
+        if before == after:
+            sums = ("deletions_sum", "ids_sum")
+            wrong += [f"another {n}" for n in sums if getattr(now, n) != getattr(before, n)]
         for expected, found in _matched(lines, snapshot.sums()):
             if not _fits(expected, found):
                 count += 1

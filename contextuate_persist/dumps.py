@@ -57,14 +57,17 @@ class Contents:
     namespace: str
     tables: tuple[str, ...]
     views: tuple[str, ...]
-    #: PostgreSQL's sequence of `events.seq`; MySQL has none.
-    sequence: str | None
+    #: What gives out `seq`: PostgreSQL's sequence, MySQL's table.
+    sequence: str
     next_seq: int
     sessions: int
     events: int
     messages: int
     deletions: int
     deletions_sum: int
+    #: Of event_ids, which only a partitioned layout has.
+    ids: int
+    ids_sum: int
 
     @classmethod
     def of(cls, wire: Mapping[str, Any]) -> Contents:
@@ -283,7 +286,7 @@ class PostgreSQLDumper:
             "--no-owner",
             "--no-privileges",
             # An account that only reads may not ask a sequence; where it stood is known.
-            *([f"--exclude-table-data={contents.sequence}"] if contents.sequence else []),
+            f"--exclude-table-data={contents.sequence}",
             *([f"--snapshot={snapshot.name}"] if snapshot.name else []),
         ]
 

@@ -953,7 +953,7 @@ WHERE t.table_schema = DATABASE() AND t.table_type = 'BASE TABLE'
 """
 
 # It tells where AUTO_INCREMENT stands, as information_schema does not before it is refreshed.
-SHOW_EVENTS = "SHOW CREATE TABLE events"
+SHOW_TABLE = "SHOW CREATE TABLE {table}"
 
 SELECT_CONTENTS = """
 SELECT
@@ -965,6 +965,8 @@ SELECT
     (SELECT COUNT(*) FROM deleted_sessions),
     (SELECT CAST(SUM({hash}) AS CHAR) FROM deleted_sessions AS d)
 """
+
+SELECT_IDS = "SELECT COUNT(*), CAST(SUM({hash}) AS CHAR) FROM event_ids AS i"
 
 # The first 60 bits of a SHA-256 over all columns. A JSON array quotes what it must, so no two rows
 # have the same; a large value in it is a hash already, or it would be written out thrice.
@@ -1016,7 +1018,7 @@ ORDER BY s.session_id
 HAS_ROWS = "SELECT 1 FROM {table} LIMIT 1"
 
 # It never goes back behind what the rows hold.
-SET_SEQUENCE = "ALTER TABLE events AUTO_INCREMENT = {next_seq}"
+SET_SEQUENCE = "ALTER TABLE {table} AUTO_INCREMENT = {next_seq}"
 
 CREATE_SCRATCH = "CREATE DATABASE {database} CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
 
@@ -1600,9 +1602,14 @@ class MySQLSnapshot:
         there = {row[0] for row in _execute(self._connection, SELECT_OURS)}
         query = SELECT_CONTENTS.format(hash=HASH.format(columns="d.session_id, d.deleted_at"))
         row = _execute(self._connection, query)[0]
-        next_seq = re.search(
-            r"AUTO_INCREMENT=(\d+)", _unprepared(self._connection, SHOW_EVENTS)[0][1]
-        )
+        partitioned = "event_ids" in there
+        sequence = "event_ids" if partitioned else "events"
+        text = _unprepared(self._connection, SHOW_TABLE.format(table=sequence))[0][1]
+        next_seq = re.search(r"AUTO_INCREMENT=(\d+)", text)
+        ids: tuple[Any, ...] = (0, 0)
+        if partitioned:
+            query = SELECT_IDS.format(hash=HASH.format(columns="HEX(i.id), i.seq, i.timestamp"))
+            ids = _execute(self._connection, query)[0]
         return Contents(
             server=row[0],
             database=row[1],
@@ -1611,13 +1618,15 @@ class MySQLSnapshot:
             namespace=row[1],
             tables=tuple(name for name in OUR_TABLES if name in there),
             views=(),
-            sequence=None,
+            sequence=sequence,
             next_seq=int(next_seq[1]) if next_seq else 1,
             sessions=row[2],
             events=row[3],
             messages=row[4],
             deletions=row[5],
             deletions_sum=int(row[6] or 0),
+            ids=ids[0],
+            ids_sum=int(ids[1] or 0),
         )
 
     def sums(self) -> Iterator[Sums]:
@@ -1663,7 +1672,8 @@ class MySQLSchema:
         return bool(_execute(self._connection, HAS_ROWS.format(table=_identifier(table))))
 
     def around(self, contents: Contents) -> tuple[list[str], list[str]]:
-        return [], [SET_SEQUENCE.format(next_seq=contents.next_seq)]
+        words = {"table": contents.sequence, "next_seq": contents.next_seq}
+        return [], [SET_SEQUENCE.format(**words)]
 
     def record(self, version: int, name: str, checksum: str | None) -> None:
         row = {"version": version, "name": name, "checksum": checksum}

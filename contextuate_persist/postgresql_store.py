@@ -963,30 +963,35 @@ WHERE c.relkind IN ('r', 'p', 'v')
 ORDER BY 1
 """
 
-# Where the sequence stands only who may use it is told; nobody else needs to know more than what is
-# in the table.
+# What gives out seq belongs to events, or where that is partitioned to event_ids. Where it stands only
+# who may use it is told; nobody else needs to know more than what is in the table.
+SELECT_SEQUENCE = """
+SELECT
+    '"' || replace(n.nspname, '"', '""') || '"."' || replace(c.relname, '"', '""') || '"',
+    GREATEST((SELECT max(seq) FROM events), p.last_value, 0) + 1
+FROM pg_depend AS d
+JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+JOIN pg_class AS c ON c.oid = d.objid
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+LEFT JOIN pg_sequences AS p ON p.schemaname = n.nspname AND p.sequencename = c.relname
+WHERE d.classid = 'pg_class'::regclass
+    AND d.refobjid IN (to_regclass('events'), to_regclass('event_ids'))
+    AND a.attname = 'seq' AND c.relkind = 'S'
+"""
+
 SELECT_CONTENTS = """
 SELECT
     current_setting('server_version'),
     current_database()::text,
     current_schema()::text,
-    pg_get_serial_sequence('events', 'seq'),
-    GREATEST(
-        (SELECT max(seq) FROM events),
-        (
-            SELECT p.last_value
-            FROM pg_sequences AS p
-            WHERE format('%%I.%%I', p.schemaname, p.sequencename)
-                = pg_get_serial_sequence('events', 'seq')
-        ),
-        0
-    ) + 1,
     (SELECT count(*) FROM sessions),
     (SELECT count(*) FROM events),
     (SELECT count(*) FROM token_ledger),
     (SELECT count(*) FROM deleted_sessions),
     (SELECT sum({hash}) FROM deleted_sessions AS d)
 """
+
+SELECT_IDS = "SELECT count(*), sum({hash}) FROM event_ids AS i"
 
 # The first 60 bits of a SHA-256 over all columns. A row as text quotes what it must, so no two rows
 # have the same; a large value in it is a hash already, or it would be written out thrice.
@@ -1059,11 +1064,7 @@ END
 $$
 """
 
-SET_SEQUENCE = """
-SELECT pg_catalog.setval(
-    pg_catalog.pg_get_serial_sequence('{quoted}.events', 'seq'), {next_seq}, FALSE
-)
-"""
+SET_SEQUENCE = "SELECT pg_catalog.setval('{sequence}', {next_seq}, FALSE)"
 
 # Until it is analysed a table is thought to be small, and read by the wrong index.
 ANALYZE = "ANALYZE {namespace}.{table}"
@@ -1843,7 +1844,12 @@ class PostgreSQLSnapshot:
         found = schema.require_version(_read_version(self._connection), self._place)
         tables = self._connection.execute(SELECT_OURS, {"names": OUR_TABLES}).fetchall()
         query = SELECT_CONTENTS.format(hash=HASH.format(columns="d.session_id, d.deleted_at"))
-        row = self._connection.execute(query.encode(), {}).fetchall()[0]
+        row = self._connection.execute(query.encode()).fetchall()[0]
+        sequence, next_seq = self._connection.execute(SELECT_SEQUENCE).fetchall()[0]
+        ids: tuple[Any, ...] = (0, 0)
+        if any(name.endswith('"event_ids"') for name, _ in tables):
+            query = SELECT_IDS.format(hash=HASH.format(columns="i.id, i.seq, i.timestamp"))
+            ids = self._connection.execute(query.encode()).fetchall()[0]
         return Contents(
             server=row[0],
             database=row[1],
@@ -1852,13 +1858,15 @@ class PostgreSQLSnapshot:
             namespace=row[2],
             tables=tuple(name for name, is_view in tables if not is_view),
             views=tuple(name for name, is_view in tables if is_view),
-            sequence=row[3],
-            next_seq=row[4],
-            sessions=row[5],
-            events=row[6],
-            messages=row[7],
-            deletions=row[8],
-            deletions_sum=int(row[9] or 0),
+            sequence=sequence,
+            next_seq=next_seq,
+            sessions=row[3],
+            events=row[4],
+            messages=row[5],
+            deletions=row[6],
+            deletions_sum=int(row[7] or 0),
+            ids=ids[0],
+            ids_sum=int(ids[1] or 0),
         )
 
     def sums(self) -> Iterator[Sums]:
@@ -1898,9 +1906,11 @@ class PostgreSQLSchema:
         return self._connection.execute(statement).fetchone() is not None
 
     def around(self, contents: Contents) -> tuple[list[str], list[str]]:
-        namespace = sql.Identifier(contents.namespace).as_string(None)
-        quoted = namespace.replace("'", "''")
-        words = {"namespace": namespace, "quoted": quoted, "next_seq": contents.next_seq}
+        words = {
+            "namespace": sql.Identifier(contents.namespace).as_string(None),
+            "sequence": (contents.sequence or "").replace("'", "''"),
+            "next_seq": contents.next_seq,
+        }
         analyze = [ANALYZE.format(table=table, **words) for table in ("sessions", "events")]
         return [RESTORE_GUARD.format(**words)], [SET_SEQUENCE.format(**words), *analyze]
 
