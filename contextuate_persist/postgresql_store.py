@@ -963,8 +963,8 @@ WHERE c.relkind IN ('r', 'p', 'v')
 ORDER BY 1
 """
 
-# What gives out seq belongs to events, or where that is partitioned to event_ids. Where it stands only
-# who may use it is told; nobody else needs to know more than what is in the table.
+# What gives out seq belongs to events, or where that is partitioned to event_ids. Where it stands is
+# told only to who may use it; nobody else needs to know more than what is in the table.
 SELECT_SEQUENCE = """
 SELECT
     '"' || replace(n.nspname, '"', '""') || '"."' || replace(c.relname, '"', '""') || '"',
@@ -1908,7 +1908,7 @@ class PostgreSQLSchema:
     def around(self, contents: Contents) -> tuple[list[str], list[str]]:
         words = {
             "namespace": sql.Identifier(contents.namespace).as_string(None),
-            "sequence": (contents.sequence or "").replace("'", "''"),
+            "sequence": contents.sequence.replace("'", "''"),
             "next_seq": contents.next_seq,
         }
         analyze = [ANALYZE.format(table=table, **words) for table in ("sessions", "events")]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,23 @@ def test_tables_of_others_are_not_taken_along(
         + ("" if database.backend == "postgresql" else "AND table_schema = DATABASE()")
     )
     assert rows == []
+
+
+@pytest.mark.only("postgresql")
+def test_an_embedded_store_is_backed_up_and_restored_into(backend: str, tmp_path: Path) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="cxp-", dir="/tmp"))
+    directory.chmod(0o755)
+    try:
+        with embedded.EmbeddedStore(directory / "one") as store:
+            store.save_events([event(data=data) for data in PAYLOADS])
+            backup(store, tmp_path / "b")
+            events = store.get_events("s")
+        with embedded.EmbeddedPostgreSQL(directory / "two") as server:
+            restore(open_store(server.url), tmp_path / "b")
+        with embedded.EmbeddedStore(directory / "two") as store:
+            assert store.get_events("s") == events
+    finally:
+        shutil.rmtree(directory)
 
 
 class Keeper:
