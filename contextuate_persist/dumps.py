@@ -283,6 +283,7 @@ class PostgreSQLDumper:
     def _dump(self, contents: Contents, snapshot: Snapshot) -> list[str]:
         return [
             "--format=custom",
+            "--compress=3",
             "--no-owner",
             "--no-privileges",
             # An account that only reads may not ask a sequence; where it stood is known.
