@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from contextuate_persist import display, encryption
-from contextuate_persist.backup import Backup, backup, restore, restore_test, verify_backup
+from contextuate_persist.backup import backup, restore, restore_test, verify_backup
+from contextuate_persist.backup_file import Backup
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.console import ProgressBar, show, show_json, tell

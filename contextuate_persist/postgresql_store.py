@@ -963,8 +963,8 @@ WHERE c.relkind IN ('r', 'p', 'v')
 ORDER BY 1
 """
 
-# What gives out seq belongs to events, or where that is partitioned to event_ids. Who may not use it
-# is not told where it stands, and needs to know no more than what is in the table.
+# What gives out seq belongs to events, or where that is partitioned to event_ids. Who may not use
+# it is not told where it stands, and needs to know no more than what is in the table.
 SELECT_SEQUENCE = """
 SELECT
     '"' || replace(n.nspname, '"', '""') || '"."' || replace(c.relname, '"', '""') || '"',

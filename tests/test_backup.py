@@ -27,6 +27,7 @@ from contextuate_persist import (
     DamagedFile,
     SchemaError,
     accounts,
+    backup_file,
     dumps,
     embedded,
     encryption,
@@ -412,7 +413,7 @@ def test_a_backup_of_the_other_database_is_refused(
     assert members is not None
     stream = (tmp_path / "other").open("wb")
     with stream:
-        writer = backup_module._Writer(stream)
+        writer = backup_file.Writer(stream)
         for name, data in members[:-1]:
             changed = data.replace(
                 f'"backend": "{backend}"'.encode(), f'"backend": "{other}"'.encode()
@@ -462,7 +463,7 @@ def test_a_full_disk_leaves_no_half_file(
 def test_a_part_never_needs_more_memory_than_it_should(
     filled: BaseStore, target: Callable[[], Database], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(backup_module, "PART_BYTES", 1000)
+    monkeypatch.setattr(backup_file, "PART_BYTES", 1000)
     backup(filled, tmp_path / "b")
     sizes = [len(data) for name, data in content(tmp_path / "b") or () if name.startswith("data.")]
     assert len(sizes) > 10
@@ -716,14 +717,14 @@ def kill_and_restore(
             except ConfigurationError as error:
                 # It was through with its rows, and only not yet with comparing.
                 assert "holds data" in str(error)  # noqa: PT017
-                lines = backup_module._Reader(tmp_path / "b", None, None, None)
+                lines = backup_file.Reader(tmp_path / "b", None, None, None)
                 lines.verify()
                 with lines.members() as members:
-                    sums = backup_module._Parts(members, "sessions")
+                    sums = backup_file.Parts(members, "sessions")
                     backup_module._compare(
                         empty.owner(),
                         lines,
-                        backup_module._lines(backup_module._decompressed(sums)),
+                        backup_file.read_lines(backup_file.decompressed(sums)),
                     )
                 break
             except Exception:
@@ -814,14 +815,14 @@ def test_a_test_finds_what_the_files_own_sums_do_not(
     members = content(made)
     assert members is not None
     with (tmp_path / "wrong").open("wb") as stream:
-        writer = backup_module._Writer(stream)
+        writer = backup_file.Writer(stream)
         for name, data in members[:-1]:
             if name.startswith("sessions."):
-                lines = b"".join(backup_module._decompressed([data])).splitlines(keepends=True)
+                lines = b"".join(backup_file.decompressed([data])).splitlines(keepends=True)
                 one = json.loads(lines[0])
                 one[0][3] += 1
-                changed = [backup_module._json(one), *lines[1:]]
-                writer.add(name, b"".join(backup_module._compressed(changed)))
+                changed = [backup_file.json_line(one), *lines[1:]]
+                writer.add(name, b"".join(backup_file.compressed(changed)))
             else:
                 writer.add(name, data)
         writer.finish()
