@@ -515,7 +515,9 @@ class MySQLDumper:
     def _mysql(self) -> Iterator[Program]:
         # --binary-mode also keeps every command of the client but DELIMITER from being obeyed.
         words = ["--binary-mode", "--default-character-set=utf8mb4", "--max-allowed-packet=1G"]
-        with self._run("mysql", *words, "--", self._database, takes_input=True) as program:
+        # With mysqldump the name comes last, after --, which this program does not know.
+        words.append(f"--database={self._database}")
+        with self._run("mysql", *words, takes_input=True) as program:
             yield program
 
 

@@ -228,6 +228,30 @@ def test_an_embedded_store_is_backed_up_and_restored_into(backend: str, tmp_path
         shutil.rmtree(directory)
 
 
+def test_a_hostile_database_name_is_only_a_name(
+    server: servers.Server, database: Database, tmp_path: Path
+) -> None:
+    name = "--help=x' \"y\\ $(touch owned) \x1b[2J\u202e"
+    quote = '"' if server.kind == "postgresql" else "`"
+    quoted = quote + name.replace(quote, quote * 2) + quote
+    server.execute(f"CREATE DATABASE {quoted}")
+    try:
+        make_store(server.url(name)).apply_schema()
+        with make_store(server.url(name)) as store:
+            store.load_sample()
+            assert backup(store, tmp_path / "b").database == name
+            store.delete_all_sessions()
+        database.clear()
+        restore(database.owner(), tmp_path / "b")
+        with make_store(database.url) as store:
+            assert backup(store, tmp_path / "b2").contents.sessions == 4
+        server.execute(f"DROP DATABASE {quoted}")
+        server.execute(f"CREATE DATABASE {quoted}")
+        restore(make_store(server.url(name)), tmp_path / "b2")
+    finally:
+        server.execute(f"DROP DATABASE {quoted}")
+
+
 class Keeper:
     def __init__(self) -> None:
         self.kept: dict[str, accounts.Account] = {}
