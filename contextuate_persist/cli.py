@@ -296,6 +296,8 @@ def _dead(args: argparse.Namespace) -> int:
 
 def _forget(args: argparse.Namespace) -> int:
     return privacy.run(args, _store)
+
+
 def _backup(args: argparse.Namespace) -> int:
     from contextuate_persist import backup_command  # noqa: PLC0415  (rarely needed)
 
