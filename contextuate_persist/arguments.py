@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from contextuate_persist import __version__, tls
-from contextuate_persist.config import ENVIRONMENT_URL
+from contextuate_persist.config import (
+    ENVIRONMENT_URL,
+    parse_size,
+)
 from contextuate_persist.console import tell
 from contextuate_persist.errors import InvalidRecord
 from contextuate_persist.model import Cursor, SessionStatus, shown
@@ -121,6 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     upgrade.add_argument("--dry-run", action="store_true", help="say what would be done, only")
     command("sample", "store a few sessions and events to try things out")
     _add_import(command("import", "store events from files; bad lines are reported"))
+    _add_retention(command("prune", "delete old sessions, whole trees, in small steps"))
     _add_sessions(command("sessions", "list sessions, newest start first"))
     tree = command("tree", "draw sessions below the sessions that started them")
     tree.add_argument("session", nargs="?", metavar="SESSION", help="only this one and below")
@@ -178,6 +182,58 @@ def _add_directory(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=Path,
         help="the writer's spool (environment: CONTEXTUATE_SPOOL; else below ~/.contextuate)",
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not a number of bytes, such as 500MB or 20GiB"
+        ) from None
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1
+    if not 0 <= days <= _LONGEST_DAYS:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of days")
+    return days
+
+
+_LONGEST_DAYS = 100_000
+
+
+def _add_retention(parser: argparse.ArgumentParser) -> None:
+    _add_limits(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, only")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--days",
+        metavar="N",
+        type=_days,
+        help="what was active within so many days stays (90, if no other limit is given)",
+    )
+    parser.add_argument(
+        "--sessions", metavar="N", type=_limit, help="keep so many, those that were active last"
+    )
+    parser.add_argument(
+        "--bytes",
+        metavar="SIZE",
+        type=_size,
+        help="keep so much of events, such as 20GB, of those that were active last",
+    )
+    parser.add_argument(
+        "--spare",
+        metavar="N",
+        type=_days,
+        default=1.0,
+        help="what was active within so many days stays in any case (1)",
     )
 
 

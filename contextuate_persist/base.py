@@ -16,7 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 
-from contextuate_persist import doctor, model, payload, records, schema, trees
+from contextuate_persist import doctor, model, payload, records, retention, schema, trees
 from contextuate_persist.doctor import Finding, Level, Seen
 from contextuate_persist.errors import (
     ConfigurationError,
@@ -40,7 +40,7 @@ from contextuate_persist.model import (
     SessionNode,
     SessionStatus,
 )
-from contextuate_persist.records import CheckedEvent, EventRow, Seed
+from contextuate_persist.records import CheckedEvent, EventRow, Seed, SessionState, Weight
 from contextuate_persist.subject import Subject
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ Event: TypeAlias = CheckedEvent | EventRow
 
 #: Rows of one transaction at most; more gain nothing on either server.
 CHUNK_ROWS = 1000
+#: Events that one statement deletes at most, of sessions that have very many.
+DELETE_ROWS = 20_000
 #: How long a deletion is remembered: longer than any spool of undelivered events is kept.
 TOMBSTONE_DAYS = 90
 
@@ -166,6 +168,9 @@ class BaseStore(ABC):
         pool_timeout: float = 10.0,
         statement_timeout: float = 60.0,
         lock_timeout: float = 10.0,
+        storage_limit: int | None = None,
+        on_full: retention.OnFull = "warn",
+        retention_policy: retention.RetentionPolicy | None = None,
     ) -> None:
         """Take settings only; times are seconds. Raises ConfigurationError for senseless ones."""
         if type(pool_size) is not int or pool_size < 1:
@@ -188,6 +193,9 @@ class BaseStore(ABC):
         self._opened = False
         self._repeating = False  # the events that came last were stored already, some of them
         self._late = False  # some of them were older than the deletion of their session
+        self._valve: retention.Valve | None = None
+        if storage_limit is not None:
+            self._valve = retention.Valve(self, storage_limit, on_full, retention_policy)
         _stores.add(self)
 
     @property
@@ -207,9 +215,13 @@ class BaseStore(ABC):
                     if fault is None:  # pragma: no cover  (a defect, not the database's word)
                         raise
                     raise self._error(fault, error) from error
+                if self._valve is not None:
+                    self._valve.reset()
                 self._opened = True
 
     def close(self) -> None:
+        if self._valve is not None:
+            self._valve.close()
         with self._lock:
             if self._opened:
                 self._opened = False
@@ -230,7 +242,7 @@ class BaseStore(ABC):
     # --- Events -----------------------------------------------------------------------------------
 
     def save_event(self, event: MonitorEvent) -> bool:
-        self._check_open()
+        self._check_room()
         row = self._encode(records.check_event(event))
         # Most events belong to a session that is known: one statement, no transaction around it.
         if self._run(lambda connection: self._insert_event(connection, row)):
@@ -259,7 +271,7 @@ class BaseStore(ABC):
         if on_error not in ("raise", "skip"):
             message = f"on_error: 'raise' or 'skip' is needed, not {model.shown(on_error)}"
             raise InvalidRecord(message)
-        self._check_open()
+        self._check_room()
         if not isinstance(events, Iterable):
             raise InvalidRecord(f"events: a list is needed, not {type(events).__name__}")
         checked: dict[str, CheckedEvent] = {}
@@ -311,7 +323,7 @@ class BaseStore(ABC):
 
         For the writer, which encodes an event when it takes it.
         """
-        self._check_open()
+        self._check_room()
         wanted: dict[str, EventRow] = {}
         again: list[EventRow] = []
         refused: list[Refusal] = []
@@ -587,10 +599,11 @@ class BaseStore(ABC):
 
     def save_session(self, session: SessionMeta, *, undelete: bool = False) -> bool:
         model.check_session(session)
+        self._check_room()
         return self._save_sessions([session], undelete) == 1
 
     def save_sessions(self, sessions: Iterable[SessionMeta], *, undelete: bool = False) -> int:
-        self._check_open()
+        self._check_room()
         if not isinstance(sessions, Iterable):
             raise InvalidRecord(f"sessions: a list is needed, not {type(sessions).__name__}")
         sessions = list(sessions)
@@ -717,7 +730,7 @@ class BaseStore(ABC):
 
     def save_usage(self, session_id: str, usages: Iterable[MessageUsage]) -> int:
         model.check_id("session_id", session_id)
-        self._check_open()
+        self._check_room()
         messages = _messages(usages)
         return sum(
             self._save_usage(session_id, messages[start : start + CHUNK_ROWS])
@@ -785,9 +798,7 @@ class BaseStore(ABC):
                 prune = partial(self._delete_prunable, ids=sorted(batch), older_than=older_than)
                 pruned += self._run(prune, transaction=True)
                 batch = []
-        self._run(
-            lambda connection: self._forget_deletions(connection, TOMBSTONE_DAYS * 86_400_000)
-        )
+        self.forget_old_deletions()
         return pruned
 
     def forget(
@@ -951,6 +962,93 @@ class BaseStore(ABC):
             reason = str(self._error(fault, error))
         return [Finding("connection", Level.PROBLEM, reason)]
 
+    # --- Retention: what `retention` and `archive` are made of ------------------------------------
+
+    def session_states(self) -> list[SessionState]:
+        """What retention goes by, of every session, also of those that are only referred to."""
+        return [records.state_from_row(row) for row in self._run(self._all_states)]
+
+    def _all_states(self, connection: Any) -> list[Any]:
+        return self._select_states(connection, None)
+
+    def weigh_sessions(self, ids: Sequence[str]) -> dict[str, Weight]:
+        """How many events each session has and how many bytes these take, roughly.
+
+        That is their payloads and paths as the server stores them, compressed or not, and for the
+        rest of an event and its entries in the indexes a fixed number.
+        """
+        rows = self._run(partial(self._select_weights, ids=list(ids)))
+        found = {row[0]: Weight(row[1], row[2] + row[1] * self._event_bytes) for row in rows}
+        return {session_id: found.get(session_id, Weight(0, 0)) for session_id in ids}
+
+    def fingerprints(self, ids: Sequence[str]) -> dict[str, str]:
+        """A checksum over everything that is stored of a session, for those that are there."""
+        return self._run(partial(self._select_fingerprints, ids=list(ids)))
+
+    def get_usage(self, session_id: str) -> list[MessageUsage]:
+        """The messages that the token ledger has of a session, by their ids."""
+        model.check_id("session_id", session_id)
+        rows = self._run(partial(self._select_usage, session_id=session_id))
+        return [records.usage_from_row(row) for row in rows]
+
+    def delete_unchanged(
+        self,
+        states: Sequence[SessionState],
+        fingerprints: Mapping[str, str] | None = None,
+        *,
+        in_slices: bool = False,
+    ) -> list[str]:
+        """Delete trees, in one transaction, that are still as these states have them; the ids.
+
+        A tree of which one session has changed, is gone, or has a child besides, is left alone, and
+        with `fingerprints` also where these are not the same any more. `in_slices` is for trees of
+        so many events that one statement would take too long.
+        """
+        planned = trees.linked_groups({state.session_id: state.parent_id for state in states})
+        known = {state.session_id: state for state in states}
+
+        def delete(connection: Any) -> list[str]:
+            ids = sorted(known)
+            self._lock_sessions(connection, ids)
+            above = {state.parent_id for state in states if state.parent_id is not None}
+            family = sorted(above.union(ids))
+            found = [*map(records.state_from_row, self._select_states(connection, family))]
+            same = {state.session_id for state in found if state == known.get(state.session_id)}
+            if fingerprints is not None:
+                now = self._select_fingerprints(connection, ids)
+                same = {one for one in same if now.get(one, "") == fingerprints.get(one)}
+            # A parent that was not stored, or a child that nobody knew.
+            strangers = {state.session_id for state in found if state.session_id not in known}
+            children = self._select_links(connection, family)
+            strangers.update(parent for child, parent in children if child not in known)
+            due = [
+                session_id
+                for tree in planned
+                if same.issuperset(tree)
+                and strangers.isdisjoint(tree)
+                and strangers.isdisjoint(known[one].parent_id for one in tree)
+                for session_id in tree
+            ]
+            if due:
+                self._delete_states(connection, sorted(due), in_slices)
+            return due
+
+        return self._run(delete, transaction=True) if states else []
+
+    def forget_old_deletions(self) -> None:
+        """Forget deletions older than TOMBSTONE_DAYS."""
+        self._run(
+            lambda connection: self._forget_deletions(connection, TOMBSTONE_DAYS * 86_400_000)
+        )
+
+    def size(self) -> int:
+        """How many bytes the tables and their indexes take on the server's disk.
+
+        With what is free in them: deleting makes room for rows to come, and seldom a file smaller.
+        One query, whatever the size.
+        """
+        return self._run(self._select_size)
+
     # --- Schema: the owner's account, by explicit command -------------------------------------
 
     def apply_schema(self, timeout: float = 60.0) -> bool:
@@ -1057,6 +1155,12 @@ class BaseStore(ABC):
         if not self._opened:
             raise StoreClosed
 
+    def _check_room(self) -> None:
+        """Before something is stored; raises StoreClosed and StorageFull."""
+        self._check_open()
+        if self._valve is not None:
+            self._valve.pass_through()
+
     def _run(self, work: Callable[[Any], T], *, transaction: bool = False) -> T:
         """Do the work on a connection, again where that can help.
 
@@ -1115,6 +1219,7 @@ class BaseStore(ABC):
     _chunk_bytes: int  # of one transaction
     _row_bytes: int  # of one event
     _row_limit_setting: str  # what the administrator would raise
+    _event_bytes: int  # what an event takes beside its payload and path, with its index entries
 
     @abstractmethod
     def _open(self) -> None:
@@ -1299,6 +1404,34 @@ class BaseStore(ABC):
         """Empty the machine and directory of those that are mere references."""
 
     @abstractmethod
+    def _select_states(self, connection: Any, ids: list[str] | None) -> list[Any]:
+        """Rows of SessionState, of these sessions or of all."""
+
+    @abstractmethod
+    def _select_links(self, connection: Any, ids: list[str]) -> list[Any]:
+        """Pairs of id and effective parent, of the sessions below these."""
+
+    @abstractmethod
+    def _select_weights(self, connection: Any, ids: list[str]) -> list[Any]:
+        """Rows of id, number of events and the bytes of their values; none without events."""
+
+    @abstractmethod
+    def _select_fingerprints(self, connection: Any, ids: list[str]) -> dict[str, str]:
+        """A checksum of each session that is there, with its events and messages."""
+
+    @abstractmethod
+    def _select_usage(self, connection: Any, session_id: str) -> list[Any]:
+        """Rows of the session's messages, by their ids."""
+
+    @abstractmethod
+    def _delete_states(self, connection: Any, ids: list[str], in_slices: bool) -> int:
+        """Delete sessions that are locked, perhaps their events first, DELETE_ROWS at a time."""
+
+    @abstractmethod
+    def _select_size(self, connection: Any) -> int:
+        """The bytes of the tables and indexes that are in use."""
+
+    @abstractmethod
     def _run_statements(self, connection: Any, statements: list[str]) -> None:
         """Execute statements of schemas/, which have no parameters."""
 
@@ -1333,6 +1466,8 @@ _ATTEMPTS = {Fault.CONFLICT: _CONFLICT_ATTEMPTS, Fault.LOST: _LOST_ATTEMPTS, Fau
 def _after_fork() -> None:  # pragma: no cover  (in a forked child)
     for store in _stores:
         store._lock = threading.Lock()  # noqa: SLF001  (another thread may have held it)
+        if store._valve is not None:  # noqa: SLF001
+            store._valve.reset()  # noqa: SLF001
         if store._opened:  # noqa: SLF001
             store._abandon()  # noqa: SLF001
 

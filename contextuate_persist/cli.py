@@ -17,20 +17,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import parse_qs, urlsplit
 
-from contextuate_persist import display, hook_command, privacy, queue_commands
+from contextuate_persist import (
+    display,
+    hook_command,
+    privacy,
+    queue_commands,
+    retention_commands,
+)
 from contextuate_persist.arguments import PROGRAM, make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL, open_store
 from contextuate_persist.console import (
     ProgressBar,
     abandon_output,
-    paint,
     show,
+    show_findings,
     show_json,
     tell,
     terminal_width,
 )
-from contextuate_persist.doctor import Level
 from contextuate_persist.errors import ConfigurationError, PersistenceError, SessionNotFound
 from contextuate_persist.model import MonitorEvent
 from contextuate_persist.transfer import ImportReport, import_path
@@ -245,18 +250,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    findings = _store(args).check()
-    if args.json:
-        show_json(dataclasses.asdict(finding) for finding in findings)
-    else:
-        colours = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
-        show(
-            f"{paint(one.level.value.ljust(8), colours[one.level])} {one.check:12} "
-            f"{display.safe(str(one))}"
-            for one in findings
-        )
-    levels = {finding.level for finding in findings}
-    return 1 if Level.PROBLEM in levels else 3 if Level.WARNING in levels else 0
+    return show_findings(_store(args).check(), json=args.json)
 
 
 def _setup(args: argparse.Namespace) -> int:
@@ -310,6 +304,10 @@ def _restore(args: argparse.Namespace) -> int:
     return backup_command.run_restore(args, _owned_store)
 
 
+def _prune(args: argparse.Namespace) -> int:
+    return retention_commands.prune(args, _store)
+
+
 def _camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.capitalize() for word in rest)
@@ -320,6 +318,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "upgrade": _upgrade,
     "sample": _sample,
     "import": _import,
+    "prune": _prune,
     "sessions": _sessions,
     "tree": _tree,
     "events": _events,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from contextuate_persist.base import BaseStore
 
 ENVIRONMENT_URL = "CONTEXTUATE_DATABASE_URL"
+ENVIRONMENT_ADMINISTRATOR = "CONTEXTUATE_ADMINISTRATOR_URL"
 ENVIRONMENT_CONFIG = "CONTEXTUATE_CONFIG"
 ENVIRONMENT_PASSWORD = "CONTEXTUATE_DATABASE_PASSWORD"  # noqa: S105  (a name, not a password)
 #: contextuate's own file. Never one of the working directory: that may be somebody else's.
@@ -39,12 +40,24 @@ def open_store(
     `pool_size`, and in seconds `connect_timeout`, `pool_timeout`, `statement_timeout` and
     `lock_timeout`. Raises ConfigurationError, naming the setting, for what cannot work.
 
+    With `storage_limit`, in bytes, the database gets a limit, and `on_full` says what happens
+    there, until a tenth of it is free again: "warn" logs a warning, once; "prune" also deletes what
+    `retention_policy` (`retention.RetentionPolicy`) gives up and then the trees of sessions that
+    were active longest ago, but no pinned ones, and none of the last day; "refuse" lets every call
+    that stores something raise StorageFull, while updates, deletions and reading go on. An
+    EventWriter takes that for a database that is away: it keeps what comes in its spool, and tries
+    again. The size is looked at in the background, at most every 30 seconds, by one query
+    (`retention.Valve`). In the file it is `"storage": {"limit": "20GB", "onFull": "prune"}` in the
+    `persistence` block.
+
     With the database owner's URL the store also has `apply_schema`, `upgrade_schema` and
     `load_sample`, which do the work of the commands `init`, `upgrade` and `sample`.
     """
     if not url and config is None:
         url = os.environ.get(ENVIRONMENT_URL)
-    url = url or _url_of_file(config)
+    if not url:
+        url, settings = _read_file(config)
+        options = settings | options
     if not url:
         from contextuate_persist.embedded import EmbeddedStore  # noqa: PLC0415  (only if needed)
 
@@ -114,15 +127,15 @@ _DATABASE_KEYS = {
 _DEFAULT_DATABASE = "contextuate_monitor"
 
 
-def _url_of_file(config: str | Path | None) -> str | None:
-    """The URL that the configuration file stands for; None if there is no file or no block."""
+def _read_file(config: str | Path | None) -> tuple[str | None, dict[str, Any]]:
+    """The URL, None without a file or block, and the options that it stands for."""
     named = config or os.environ.get(ENVIRONMENT_CONFIG)
     path = _path(named or CONFIG_FILE)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if named is None:
-            return None
+            return None, {}
         raise ConfigurationError(f"{path}: no such configuration file") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or NUL in the path
         raise ConfigurationError(f"{path}: cannot be read: {error}") from None
@@ -132,7 +145,7 @@ def _url_of_file(config: str | Path | None) -> str | None:
         raise ConfigurationError(f"{path}: not JSON: {error}") from None
     block = _typed(content, "the file", path).get("persistence")
     if block is None:
-        return None
+        return None, {}
     block = _typed(block, "persistence", path)
     if block.get("enabled", True) is not True:
         raise ConfigurationError(
@@ -151,10 +164,43 @@ def _url_of_file(config: str | Path | None) -> str | None:
     if "password" in database and path.stat().st_mode & 0o077:
         _logger.warning("%s holds a password and others can read it: chmod 600 it", path)
     try:
-        return _url_of_block(kind, database, path)
+        return _url_of_block(kind, database, path), _options(block.get("storage", {}), path)
     except UnicodeEncodeError:
         reason = f"{path}: persistence.database, or the password, is not Unicode text"
         raise ConfigurationError(reason) from None
+
+
+def _options(value: Any, path: Path) -> dict[str, Any]:
+    """The store's options in a `storage` block."""
+    options: dict[str, Any] = {}
+    for key, given in _typed(value, "persistence.storage", path).items():
+        if key == "limit":
+            try:
+                options["storage_limit"] = given if type(given) is int else parse_size(given)
+            except (TypeError, ValueError):
+                raise ConfigurationError(
+                    f'{path}: persistence.storage.limit is a number of bytes, or "20GB"'
+                ) from None
+        elif key == "onFull":
+            options["on_full"] = given
+        else:
+            raise ConfigurationError(
+                f"{path}: persistence.storage.{key} is not known; known are limit, onFull"
+            )
+    return options
+
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from a number that may have a unit: 500MB, 20GiB; raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text, re.IGNORECASE | re.ASCII)
+    if not match or (match[3] and not match[2]) or len(match[1]) > 18:
+        raise ValueError(text)
+    unit = _UNITS[match[2].upper()]
+    power = len(str(unit)) // 3 if match[3] else 0
+    return int(float(match[1]) * (1024**power if power else unit))
 
 
 def _path(name: str | Path) -> Path:

@@ -5,15 +5,17 @@ Data goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from contextuate_persist import display
+from contextuate_persist.doctor import Finding, Level
 
 _LOGIN = re.compile("://[^/@:]*:")
 _PASSWORD = re.compile(r"(\bpassword=)[^\s&]+", re.IGNORECASE)
@@ -57,6 +59,21 @@ def show_json(records: Iterable[Mapping[str, Any]]) -> None:
         sys.stdout.write(display.json_line(record) + "\n")
 
 
+def show_findings(findings: Sequence[Finding], *, json: bool) -> int:
+    """Print what was found; the exit status: 0, 3 with warnings, 1 with a problem."""
+    if json:
+        show_json(dataclasses.asdict(finding) for finding in findings)
+    else:
+        colours = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
+        show(
+            f"{paint(one.level.value.ljust(8), colours[one.level])} {one.check:12} "
+            f"{display.safe(str(one))}"
+            for one in findings
+        )
+    levels = {finding.level for finding in findings}
+    return 1 if Level.PROBLEM in levels else 3 if Level.WARNING in levels else 0
+
+
 def tell(message: str) -> None:
     """Print one line on standard error, without passwords and without control characters."""
     line = _PASSWORD.sub(r"\1***", re.sub(r"\S+", _without_password, message))
@@ -94,7 +111,8 @@ def terminal_width() -> int:
 class ProgressBar:
     """A line on standard error that is drawn over again; nothing if that is no terminal."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, percent: bool = False) -> None:
+        self._percent = percent  # what is counted are no bytes
         self._name = display.cut(display.safe(name), 40)
         self._active = sys.stderr is not None and sys.stderr.isatty()
         self._drawn = 0.0
@@ -108,7 +126,10 @@ class ProgressBar:
         bar = f"{done / 1e6:.1f} MB"
         if total:
             filled = min(done, total) * 30 // total
-            bar = f"[{'#' * filled}{'.' * (30 - filled)}] {bar} of {total / 1e6:.1f} MB"
+            amount = (
+                f"{done * 100 // total} %" if self._percent else f"{bar} of {total / 1e6:.1f} MB"
+            )
+            bar = f"[{'#' * filled}{'.' * (30 - filled)}] {amount}"
         self._draw(f"{self._name} {bar}")
 
     def clear(self) -> None:

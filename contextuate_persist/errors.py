@@ -9,6 +9,7 @@ PersistenceError
 ├── StoreClosed           the store was used before init() or after close()
 ├── StoreUnavailable      no answer in time: not reachable, connection lost, lock or pool wait over
 ├── StoreRefused          the server understood and said no: privileges, disk full, read-only
+├── StorageFull           the database has reached the limit that its operator chose
 ├── DamagedFile           a file that was made to be read back is damaged or cut short
 └── SpoolError            the local queue cannot keep what it is given: its disk fails
     └── SpoolFull         it has reached its limit: the database has been away for too long
@@ -94,6 +95,10 @@ class StoreUnavailable(PersistenceError):
 
 class StoreRefused(PersistenceError):
     """The server understood and said no: privileges, a full disk, a read-only server."""
+
+
+class StorageFull(PersistenceError):
+    """The database has reached `storage_limit`; the message names it and the way out."""
 
 
 class DamagedFile(PersistenceError):

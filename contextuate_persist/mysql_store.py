@@ -744,6 +744,124 @@ SET machine_id = '', working_directory = '', exact = NULL
 WHERE session_id IN (%(session_ids)s) AND known_from = 'reference'
 """
 
+# --- Retention ------------------------------------------------------------------------------------
+
+# What retention goes by: of every session, or of those that are locked.
+SELECT_STATES = """
+SELECT
+    s.session_id,
+    s.effective_parent_id,
+    s.is_pinned,
+    COALESCE(
+        s.end_time,
+        (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
+        s.start_time
+    ) AS last_active,
+    s.known_from <> 'reference' AS is_shown
+FROM sessions AS s
+"""
+
+SELECT_STATES_OF = (
+    SELECT_STATES
+    + """
+JOIN JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS locked ON locked.session_id = s.session_id
+"""
+)
+
+SELECT_LINKS = """
+SELECT s.session_id, s.effective_parent_id
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS locked
+JOIN sessions AS s ON s.effective_parent_id = locked.session_id
+"""
+
+# How many events, and how long their values are as stored.
+SELECT_WEIGHTS = """
+SELECT
+    e.session_id,
+    COUNT(*),
+    CAST(
+        SUM(
+            JSON_STORAGE_SIZE(e.data)
+            + COALESCE(OCTET_LENGTH(e.exact), 0)
+            + OCTET_LENGTH(e.working_directory)
+        ) AS SIGNED
+    )
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN events AS e ON e.session_id = asked.session_id
+GROUP BY e.session_id
+"""
+
+# Every value of the session, of its events and of its messages counts, whoever changes it. A list
+# of checksums may grow longer than what GROUP_CONCAT holds: each is a number, all in one by XOR.
+SELECT_FINGERPRINTS = """
+SELECT
+    s.session_id,
+    CAST(CONCAT_WS(
+        ' ',
+        SHA2(
+            JSON_ARRAY(
+                s.session_id, s.machine_id, s.working_directory, s.start_time, s.end_time, s.status,
+                s.parent_session_id, s.manual_parent_session_id, s.child_session_ids,
+                s.agent_type, s.model, s.transcript_path, s.is_user_initiated, s.is_pinned,
+                s.hidden, s.label, s.token_usage_input, s.token_usage_output,
+                s.token_usage_cache_read, s.token_usage_cache_creation, s.known_from, s.exact,
+                s.updated_at
+            ),
+            256
+        ),
+        (
+            SELECT CONCAT_WS(' ', COUNT(*), BIT_XOR(CAST(CONV(LEFT(SHA2(
+                CONCAT_WS(
+                    ' ', e.seq, e.timestamp, HEX(e.id), SHA2(e.event_type, 256),
+                    SHA2(e.hook_type, 256), COALESCE(SHA2(e.parent_session_id, 256), '-'),
+                    SHA2(e.machine_id, 256), SHA2(e.working_directory, 256), SHA2(e.data, 256),
+                    COALESCE(SHA2(e.exact, 256), '-')
+                ),
+                256
+            ), 16), 16, 10) AS UNSIGNED)))
+            FROM events AS e
+            WHERE e.session_id = s.session_id
+        ),
+        (
+            SELECT CONCAT_WS(' ', COUNT(*), BIT_XOR(CAST(CONV(LEFT(SHA2(
+                JSON_ARRAY(
+                    t.message_id, t.timestamp, t.model,
+                    t.input_tokens, t.output_tokens, t.cache_read, t.cache_creation
+                ),
+                256
+            ), 16), 16, 10) AS UNSIGNED)))
+            FROM token_ledger AS t
+            WHERE t.session_id = s.session_id
+        )
+    ) AS CHAR)
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN sessions AS s ON s.session_id = asked.session_id
+"""
+
+SELECT_USAGE = """
+SELECT
+    t.message_id, t.timestamp, t.model,
+    t.input_tokens, t.output_tokens, t.cache_read, t.cache_creation
+FROM token_ledger AS t
+WHERE t.session_id = %(session_id)s
+ORDER BY t.message_id
+"""
+
+SELECT_SIZE = """
+SELECT CAST(COALESCE(SUM(t.data_length + t.index_length), 0) AS SIGNED)
+FROM information_schema.tables AS t
+WHERE t.table_schema = DATABASE()
+    AND t.table_name IN ('sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger')
+"""
+
 # --- Server ---------------------------------------------------------------------------------------
 
 SELECT_VERSION = """
@@ -781,13 +899,15 @@ SELECT_CIPHER = "SHOW SESSION STATUS LIKE 'Ssl_cipher'"
 SELECT_SERVER = "SELECT VERSION(), @@max_allowed_packet, DATABASE()"
 
 # READ COMMITTED, since a reader that never commits would never see a new row, and since the locks
-# of REPEATABLE READ reach between the rows. Chains of sessions may be longer than 1,000.
+# of REPEATABLE READ reach between the rows. Chains of sessions may be longer than 1,000. Sizes of
+# tables are asked for seldom, and then a day-old answer is worth nothing.
 SET_SESSION = """
 SET SESSION
     transaction_isolation = 'READ-COMMITTED',
     sql_mode = 'STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION',
     time_zone = '+00:00',
     cte_max_recursion_depth = 4294967295,
+    information_schema_stats_expiry = 0,
     innodb_lock_wait_timeout = {lock_seconds},
     lock_wait_timeout = {lock_seconds},
     max_execution_time = {statement_ms}
@@ -1077,6 +1197,7 @@ class MySQLStore(BaseStore):
 
     backend: ClassVar[str] = "mysql"
     _row_limit_setting = "max_allowed_packet"
+    _event_bytes = 2400  # 60,000 events of the benchmark took 2,383 besides their values
 
     def __init__(self, url: str, **options: Any) -> None:
         """Take a URL: mysql://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=...&socket=...
@@ -1470,6 +1591,39 @@ class MySQLStore(BaseStore):
     def _empty_copies(self, connection: Any, ids: list[str]) -> None:
         _send(connection, LOCK_SESSIONS, {"session_ids": ids})
         _send(connection, EMPTY_COPIES, {"session_ids": ids})
+
+    # --- Retention --------------------------------------------------------------------------------
+
+    def _select_states(self, connection: Any, ids: list[str] | None) -> list[Any]:
+        if ids is None:
+            return _execute(connection, SELECT_STATES)
+        return _execute(connection, SELECT_STATES_OF, {"session_ids": records.json_list(ids)})
+
+    def _select_links(self, connection: Any, ids: list[str]) -> list[Any]:
+        return _execute(connection, SELECT_LINKS, {"session_ids": records.json_list(ids)})
+
+    def _select_weights(self, connection: Any, ids: list[str]) -> list[Any]:
+        return _execute(connection, SELECT_WEIGHTS, {"session_ids": records.json_list(ids)})
+
+    def _select_fingerprints(self, connection: Any, ids: list[str]) -> dict[str, str]:
+        asked = {"session_ids": records.json_list(ids)}
+        return dict(_execute(connection, SELECT_FINGERPRINTS, asked))
+
+    def _select_usage(self, connection: Any, session_id: str) -> list[Any]:
+        return _execute(connection, SELECT_USAGE, {"session_id": session_id})
+
+    def _delete_states(self, connection: Any, ids: list[str], in_slices: bool) -> int:
+        found = _read_version(connection) if in_slices else None
+        # Where events is partitioned, its ids lie in another table.
+        if found is not None and found.layout == "plain":
+            if shown := self._select_shown(connection, ids):
+                _send(connection, REMEMBER_DELETIONS, {"session_ids": shown})
+            while self._delete_some_events(connection, ids, base.DELETE_ROWS):
+                pass
+        return self._delete_locked(connection, ids)
+
+    def _select_size(self, connection: Any) -> int:
+        return int(_execute(connection, SELECT_SIZE)[0][0])
 
     # --- Server -----------------------------------------------------------------------------------
 

@@ -700,6 +700,90 @@ SET machine_id = '', working_directory = '', exact = NULL
 WHERE session_id = ANY(%(session_ids)s::text[]) AND known_from = 'reference'
 """
 
+# --- Retention ------------------------------------------------------------------------------------
+
+# What retention goes by: of every session, or of those that are locked.
+SELECT_STATES = """
+SELECT
+    s.session_id,
+    s.effective_parent_id,
+    s.is_pinned,
+    COALESCE(
+        s.end_time,
+        (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
+        s.start_time
+    ) AS last_active,
+    s.known_from <> 'reference' AS is_shown
+FROM sessions AS s
+"""
+
+SELECT_STATES_OF = SELECT_STATES + "WHERE s.session_id = ANY(%(session_ids)s::text[])"
+
+SELECT_LINKS = """
+SELECT s.session_id, s.effective_parent_id
+FROM sessions AS s
+WHERE s.effective_parent_id = ANY(%(session_ids)s::text[])
+"""
+
+# How many events, and how long their values are as stored, which no payload has to be read for.
+SELECT_WEIGHTS = """
+SELECT
+    e.session_id,
+    count(*),
+    sum(
+        pg_column_size(e.data)
+        + COALESCE(pg_column_size(e.exact), 0)
+        + octet_length(e.working_directory)
+    )::bigint
+FROM events AS e
+WHERE e.session_id = ANY(%(session_ids)s::text[])
+GROUP BY e.session_id
+"""
+
+# Every value of the session, of its events and of its messages counts, whoever changes it.
+SELECT_FINGERPRINTS = """
+SELECT
+    s.session_id,
+    concat_ws(
+        ' ',
+        md5(s::text),
+        (
+            SELECT concat_ws(' ', count(*), md5(string_agg(md5(e::text), '' ORDER BY e.seq)))
+            FROM events AS e
+            WHERE e.session_id = s.session_id
+        ),
+        (
+            SELECT concat_ws(' ', count(*), md5(string_agg(md5(t::text), '' ORDER BY t.message_id)))
+            FROM token_ledger AS t
+            WHERE t.session_id = s.session_id
+        )
+    )
+FROM sessions AS s
+WHERE s.session_id = ANY(%(session_ids)s::text[])
+"""
+
+SELECT_USAGE = """
+SELECT
+    t.message_id, t.timestamp, t.model,
+    t.input_tokens, t.output_tokens, t.cache_read, t.cache_creation
+FROM token_ledger AS t
+WHERE t.session_id = %(session_id)s
+ORDER BY t.message_id
+"""
+
+SELECT_SIZE = """
+SELECT COALESCE(sum(pg_total_relation_size(c.oid)), 0)::bigint
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE n.nspname = current_schema()
+    AND c.relkind = 'r'
+    AND (
+        c.relname IN ('sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger')
+        OR c.oid IN (
+            SELECT i.inhrelid FROM pg_inherits AS i WHERE i.inhparent = to_regclass('events')
+        )
+    )
+"""
+
 # --- Server ---------------------------------------------------------------------------------------
 
 SELECT_VERSION = """
@@ -1208,6 +1292,7 @@ class PostgreSQLStore(BaseStore):
     _chunk_bytes = 8 * 2**20  # no limit of the server: a COPY must end within statement_timeout
     _row_bytes = 4 * payload.MAX_PAYLOAD_BYTES  # nor for one row: a payload's own limit comes first
     _row_limit_setting = "the server's memory"
+    _event_bytes = 900  # 60,000 events of the benchmark took 881 besides their values
 
     def __init__(self, url: str, *, prepare_threshold: int | None = 5, **options: Any) -> None:
         """Take a URL or a libpq connection string; behind PgBouncer set prepare_threshold=None."""
@@ -1712,6 +1797,43 @@ class PostgreSQLStore(BaseStore):
     def _empty_copies(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
         self._lock_sessions(connection, ids)
         connection.execute(EMPTY_COPIES, {"session_ids": ids})
+
+    # --- Retention --------------------------------------------------------------------------------
+
+    def _select_states(
+        self, connection: psycopg.Connection[Any], ids: list[str] | None
+    ) -> list[Any]:
+        if ids is None:
+            return connection.execute(SELECT_STATES).fetchall()
+        return connection.execute(SELECT_STATES_OF, {"session_ids": ids}).fetchall()
+
+    def _select_links(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[Any]:
+        return connection.execute(SELECT_LINKS, {"session_ids": ids}).fetchall()
+
+    def _select_weights(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[Any]:
+        return connection.execute(SELECT_WEIGHTS, {"session_ids": ids}).fetchall()
+
+    def _select_fingerprints(
+        self, connection: psycopg.Connection[Any], ids: list[str]
+    ) -> dict[str, str]:
+        return dict(connection.execute(SELECT_FINGERPRINTS, {"session_ids": ids}).fetchall())
+
+    def _select_usage(self, connection: psycopg.Connection[Any], session_id: str) -> list[Any]:
+        return connection.execute(SELECT_USAGE, {"session_id": session_id}).fetchall()
+
+    def _delete_states(
+        self, connection: psycopg.Connection[Any], ids: list[str], in_slices: bool
+    ) -> int:
+        if in_slices:
+            connection.execute(
+                REMEMBER_DELETIONS, {"session_ids": self._select_shown(connection, ids)}
+            )
+            while self._delete_some_events(connection, ids, base.DELETE_ROWS):
+                pass
+        return self._delete_locked(connection, ids)
+
+    def _select_size(self, connection: psycopg.Connection[Any]) -> int:
+        return int(connection.execute(SELECT_SIZE).fetchall()[0][0])
 
     # --- Server -----------------------------------------------------------------------------------
 

@@ -54,8 +54,9 @@ class PersistenceStore(Protocol):
     - A `save_*` that returns has committed. Every write may be sent again: it counts once.
     - Waiting is bounded (connect, pool, statement, lock). After a lost connection or a deadlock the
       call is tried again, a few times, then raises StoreUnavailable, as a wait that is over does;
-      what the server refuses (privileges, full disk, read-only) raises StoreRefused; invalid
-      arguments raise InvalidRecord, whose message begins with the field's name.
+      what the server refuses (privileges, full disk, read-only) raises StoreRefused, and at a limit
+      that was set, calls that save may raise StorageFull (`open_store`); invalid arguments raise
+      InvalidRecord, whose message begins with the field's name.
     - Times are Unix milliseconds, bounds are exclusive unless a method says otherwise.
     - Lists come back as lists, and nothing found is an empty one.
     """

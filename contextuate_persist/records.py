@@ -347,3 +347,39 @@ def exact_text(name: str, column: str | None, exact: bytes | str | None) -> str 
 
 def _json(value: Any) -> Any:
     return orjson.loads(value) if value else []
+
+
+# --- Retention ------------------------------------------------------------------------------------
+
+
+class SessionState(NamedTuple):
+    """What retention goes by: where a session hangs, whether it may go, and since when."""
+
+    session_id: str
+    parent_id: str | None  # the effective one, stored or not
+    is_pinned: bool
+    last_active: int  # its end, else its last event, else its start
+    is_shown: bool  # no mere reference
+
+
+class Weight(NamedTuple):
+    """How much a session takes."""
+
+    events: int
+    size: int  # bytes
+
+
+def state_from_row(row: Sequence[Any]) -> SessionState:
+    """The state in a row of its fields."""
+    return SessionState(row[0], row[1], bool(row[2]), row[3], bool(row[4]))
+
+
+def usage_from_row(row: Sequence[Any]) -> MessageUsage:
+    """The message in a row of the token ledger, without its session."""
+    message_id, timestamp, name, *counts = row
+    return MessageUsage(
+        message_id=message_id,
+        timestamp=timestamp,
+        model=name,
+        **dict(zip(model.USAGE_COUNTS, counts, strict=True)),
+    )

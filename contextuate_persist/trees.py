@@ -93,6 +93,13 @@ def deepest_first(links: Mapping[str, str | None], roots: Iterable[str]) -> list
     return queue[::-1]
 
 
+def linked_groups(links: Mapping[str, str | None]) -> list[list[str]]:
+    """The same, also through parents that are no ids among them."""
+    absent = {parent: None for parent in links.values() if parent is not None}
+    found = groups({**absent, **links})
+    return [group for ids in found if (group := [one for one in ids if one in links])]
+
+
 def whole_trees(rows: Iterable[tuple[str, str | None, bool]]) -> list[str]:
     """The ids, of rows of id, effective parent and due, in whose tree everything is due."""
     parents: dict[str, str | None] = {}

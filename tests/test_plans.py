@@ -666,6 +666,22 @@ def test_what_is_forgotten_is_found_by_indexes(full: BaseStore, kind: str) -> No
     full.delete_session("above")
 
 
+def test_what_retention_asks_of_some_sessions_it_finds_by_indexes(full: BaseStore) -> None:
+    ids = [name(number) for number in (1, 2, 350)]
+    states = [state for state in full.session_states() if state.session_id in ids]
+    with watched(full) as plans:
+        full.weigh_sessions(ids)
+        full.fingerprints(ids)
+        full.get_usage(ids[0])
+        full.delete_unchanged(states, dict.fromkeys(ids, "not as it is"))
+    expected = {
+        "postgresql": "sessions_pkey idx_sessions_effective_parent idx_events_session_timestamp"
+        " idx_token_ledger_session",
+        "mysql": "sessions.PRIMARY idx_effective_parent events.PRIMARY idx_token_ledger_session",
+    }
+    check(plans, expected[full.backend], {"s", "e", "t"}, set())  # a few are sorted, to lock them
+
+
 # --- Indexes --------------------------------------------------------------------------------------
 
 # Those that serve no statement of the stores, and what they are for.

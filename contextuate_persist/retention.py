@@ -1,0 +1,391 @@
+"""Retention: which sessions may go, their deletion in small steps, and the valve for a full disk.
+
+Which are due is decided here, from what the store tells of every session; there is no SQL.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from contextuate_persist import model, trees
+from contextuate_persist.errors import (
+    ConfigurationError,
+    PersistenceError,
+    StorageFull,
+    StoreRefused,
+)
+from contextuate_persist.records import SessionState, Weight
+
+if TYPE_CHECKING:
+    from contextuate_persist.base import BaseStore
+
+log = logging.getLogger(__name__)
+
+#: Called with the sessions done and the sessions in all.
+Progress: TypeAlias = Callable[[int, "int | None"], None]
+#: Sessions that hang together, all of them.
+Tree: TypeAlias = tuple[SessionState, ...]
+
+DAY = 86_400_000
+#: Without any limit of another kind, sessions go when they are this old.
+DEFAULT_DAYS = 90.0
+
+# Of one transaction, unless a single tree has more: long enough to be worth a commit, short enough
+# that a writer who waits for the disk, or for a lock, waits for a moment only.
+STEP_EVENTS = 2_000
+STEP_SESSIONS = 50
+# A tree of more events is deleted in several statements, though in one transaction.
+SLICED_EVENTS = 20_000
+_WEIGHED_SESSIONS = 200  # at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionPolicy:
+    """What is kept: each limit that is given has to hold, and pinned sessions always stay.
+
+    A tree, linked by effective parents, goes only as a whole, and counts as active as long as its
+    last member. Of `max_age_days`, a tree is due when it was active before. Of `max_sessions` and
+    `max_bytes`, the trees that were active longest ago go until the rest fits; pinned sessions
+    count, and those that are merely referred to do not. Bytes are those of
+    `BaseStore.weigh_sessions`: what the events of sessions take, not what files have on a disk.
+    What was active within `spared_days` stays in any case, so that no limit takes what still runs.
+    """
+
+    max_age_days: float | None = DEFAULT_DAYS
+    max_sessions: int | None = None
+    max_bytes: int | None = None
+    spared_days: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_age_days", "spared_days", "max_sessions", "max_bytes"):
+            value = getattr(self, name)
+            whole = name in ("max_sessions", "max_bytes")
+            kinds = (int,) if whole else (int, float)
+            if value is None and name != "spared_days":
+                continue
+            if type(value) not in kinds or not 0 <= value <= model.MAX_COUNT:
+                what = "a count" if whole else "a number of days"
+                raise ConfigurationError(f"{name}: {what} is needed, not {model.shown(value)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionPlan:
+    """What is due by a policy, the trees that were active longest ago first."""
+
+    trees: tuple[Tree, ...]
+    sessions: int
+    """How many sessions these have, mere references not among them."""
+    kept: int
+    """How many sessions stay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneReport:
+    """What a pruning did, or with a dry run would do.
+
+    `spared` are sessions that were due, and are left since something of their tree changed
+    meanwhile: the next pruning sees to them. `size` is in bytes, as a policy counts them; what went
+    with a whole partition of events is counted in neither `events` nor `size`.
+    """
+
+    sessions: int
+    events: int
+    size: int
+    spared: int
+    kept: int
+
+
+def plan(store: BaseStore, policy: RetentionPolicy, *, now: int | None = None) -> RetentionPlan:
+    """What is due now. Reads every session, and for `max_bytes` the sizes of what may stay."""
+    now = time.time_ns() // 1_000_000 if now is None else now
+    states = {state.session_id: state for state in store.session_states()}
+    links = {state.session_id: state.parent_id for state in states.values()}
+    forest = [tuple(states[one] for one in tree) for tree in trees.linked_groups(links)]
+    forest.sort(key=_last_active)
+    spared = now - policy.spared_days * DAY
+    free = [tree for tree in forest if _last_active(tree) < spared and not _pinned(tree)]
+    count = 0
+    if policy.max_age_days is not None:
+        oldest = now - policy.max_age_days * DAY
+        count = sum(_last_active(tree) < oldest for tree in free)
+    if policy.max_sessions is not None:
+        excess = sum(map(_shown, forest)) - policy.max_sessions
+        count = max(count, _first_that_make(excess, map(_shown, free)))
+    if policy.max_bytes is not None:
+        count = max(count, _over_bytes(store, policy.max_bytes, forest, free))
+    due = tuple(free[:count])
+    gone = sum(map(_shown, due))
+    return RetentionPlan(trees=due, sessions=gone, kept=sum(map(_shown, forest)) - gone)
+
+
+def _last_active(tree: Tree) -> int:
+    return max(state.last_active for state in tree)
+
+
+def _pinned(tree: Tree) -> bool:
+    return any(state.is_pinned for state in tree)
+
+
+def _shown(tree: Tree) -> int:
+    return sum(state.is_shown for state in tree)
+
+
+def _first_that_make(excess: int, sizes: Iterator[int]) -> int:
+    """How many trees from the first on must go, so that so much goes."""
+    count = 0
+    for size in sizes:
+        if excess <= 0:
+            break
+        excess -= size
+        count += 1
+    return count
+
+
+def _over_bytes(store: BaseStore, limit: int, forest: Sequence[Tree], free: Sequence[Tree]) -> int:
+    """How many of the trees that may go must, weighing only what stays and one tree more."""
+    if store.size() <= limit:  # with its indexes and all that is free in it: nothing to weigh
+        return 0
+    may_go = {tree[0].session_id for tree in free}
+    fixed = [tree for tree in forest if tree[0].session_id not in may_go]
+    room = limit - sum(weight.size for _, weight in weighed(store, fixed))
+    for count, (_, weight) in enumerate(weighed(store, free[::-1])):
+        room -= weight.size
+        if room < 0:
+            return len(free) - count
+    return 0
+
+
+def weighed(store: BaseStore, given: Sequence[Tree]) -> Iterator[tuple[Tree, Weight]]:
+    """Trees with their weights, asked for some hundred sessions at a time."""
+    some: list[Tree] = []
+    sessions = 0
+    for position, tree in enumerate(given, start=1):
+        some.append(tree)
+        sessions += len(tree)
+        if sessions >= _WEIGHED_SESSIONS or position == len(given):
+            weights = store.weigh_sessions([state.session_id for one in some for state in one])
+            for one in some:
+                yield one, _sum(weights, one)
+            some, sessions = [], 0
+
+
+def _sum(weights: Mapping[str, Weight], tree: Tree) -> Weight:
+    own = [weights[state.session_id] for state in tree]
+    return Weight(sum(weight.events for weight in own), sum(weight.size for weight in own))
+
+
+def prune(
+    store: BaseStore,
+    policy: RetentionPolicy,
+    *,
+    dry_run: bool = False,
+    rest: float = 1.0,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> PruneReport:
+    """Delete what is due, in transactions of some thousand events; or with `dry_run` nothing.
+
+    After each transaction it rests `rest` times as long as that took, so that writers come through.
+    May be killed, or told to `stop`, at any moment: what is left, the next pruning does. A tree
+    of which anything changes after it was found due is spared. Raises what the store's calls raise.
+    """
+    dropped = 0 if dry_run else drop_partitions(store, policy)
+    found = plan(store, policy)
+    if dry_run:
+        total = [weight for _, weight in weighed(store, found.trees)]
+        return PruneReport(
+            sessions=found.sessions,
+            events=sum(weight.events for weight in total),
+            size=sum(weight.size for weight in total),
+            spared=0,
+            kept=found.kept,
+        )
+    done = events = size = 0
+    sessions = 0
+    for step in steps(weighed(store, found.trees)):
+        if stop is not None and stop.is_set():
+            break
+        begun = time.monotonic()
+        states = [state for tree, _ in step for state in tree]
+        many = sum(weight.events for _, weight in step) > SLICED_EVENTS
+        gone = set(store.delete_unchanged(states, in_slices=many))
+        for tree, weight in step:
+            done += _shown(tree)
+            if tree[0].session_id in gone:
+                sessions += _shown(tree)
+                events += weight.events
+                size += weight.size
+        if progress is not None:
+            progress(done, found.sessions)
+        pause = rest * (time.monotonic() - begun)
+        if stop is not None:
+            stop.wait(pause)
+        else:
+            time.sleep(pause)
+    store.forget_old_deletions()
+    return PruneReport(
+        sessions=dropped + sessions,
+        events=events,
+        size=size,
+        spared=done - sessions,
+        kept=found.kept + found.sessions - sessions,
+    )
+
+
+def drop_partitions(store: BaseStore, policy: RetentionPolicy) -> int:
+    """Drop whole partitions of what is due by age, where there are any; how many sessions went.
+
+    It is the owner's to do: with another account the sessions in them go one by one.
+    """
+    if policy.max_age_days is None or store.health().schema_layout != "partitioned":
+        return 0
+    days = max(policy.max_age_days, policy.spared_days)
+    # A store method of databases whose events are partitioned.
+    drop: Callable[[int], Any] | None = getattr(store, "drop_partitions", None)
+    if drop is None:
+        return 0
+    try:
+        return int(drop(time.time_ns() // 1_000_000 - round(days * DAY)).sessions)
+    except StoreRefused as error:
+        log.info("partitions are not dropped: %s", error)
+        return 0
+
+
+def steps(given: Iterator[tuple[Tree, Weight]]) -> Iterator[list[tuple[Tree, Weight]]]:
+    """Trees for one transaction each time: a few small ones, or one that is large."""
+    step: list[tuple[Tree, Weight]] = []
+    sessions = events = 0
+    for tree, weight in given:
+        full = sessions + len(tree) > STEP_SESSIONS or events + weight.events > STEP_EVENTS
+        if step and full:
+            yield step
+            step, sessions, events = [], 0, 0
+        step.append((tree, weight))
+        sessions += len(tree)
+        events += weight.events
+    if step:
+        yield step
+
+
+# --- The valve ------------------------------------------------------------------------------------
+
+#: At least so many seconds lie between two looks at the size of the database.
+CHECK_SECONDS = 30.0
+# Once full, it is full until it is down to this part of the limit.
+LOW = 0.9
+# Of the time, a store spends no more than this part on looking and making room.
+_PART_OF_TIME = 0.05
+_CLOSE_SECONDS = 5.0
+
+OnFull: TypeAlias = Literal["warn", "prune", "refuse"]
+
+
+class Valve:
+    """Looks now and then how large a database is, and at its limit does what the operator chose.
+
+    `pass_through`, which every call that stores something begins with, compares two numbers; a
+    look is taken in a thread of its own, at most every CHECK_SECONDS and only while something is
+    stored. That is one query, for the size of the tables by the server's catalogue. Only where this
+    is over the limit, in which what deleting has left free counts, are events weighed, one query
+    for each 200 sessions: then the smaller number is what is used.
+    """
+
+    def __init__(
+        self, store: BaseStore, limit: int, on_full: OnFull, policy: RetentionPolicy | None
+    ) -> None:
+        """Raises ConfigurationError for a limit or a word that is none."""
+        if type(limit) is not int or not 0 < limit <= model.MAX_COUNT:
+            raise ConfigurationError(
+                f"storage_limit: a number of bytes is needed, not {model.shown(limit)}"
+            )
+        if on_full not in ("warn", "prune", "refuse"):
+            raise ConfigurationError(
+                f"on_full: 'warn', 'prune' or 'refuse' is needed, not {model.shown(on_full)}"
+            )
+        self._store = store
+        self._limit = limit
+        self._low = int(limit * LOW)
+        self._on_full = on_full
+        size = self._low
+        if policy is not None and policy.max_bytes is not None:
+            size = min(size, policy.max_bytes)
+        self._policy = replace(policy or RetentionPolicy(max_age_days=None), max_bytes=size)
+        self._used = 0
+        self.full = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: when the store opens, and in a forked child, which has no thread."""
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._due = 0.0
+
+    def pass_through(self) -> None:
+        """Let a call store something; raises StorageFull if that is what was chosen."""
+        if time.monotonic() >= self._due:
+            self._look()
+        if self.full and self._on_full == "refuse":
+            raise StorageFull(
+                f"the database takes {self._used:,} bytes, and storage_limit is {self._limit:,}: "
+                f"make room with `contextuate-persist prune --bytes {self._low}`, or `archive`, "
+                f"or raise storage_limit"
+            )
+
+    def _look(self) -> None:
+        with self._lock:
+            if time.monotonic() < self._due or self._stop.is_set():
+                return
+            self._due = float("inf")  # until this look is over
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # no thread can be had
+                self._thread = None
+                self._due = time.monotonic() + CHECK_SECONDS
+
+    def _run(self) -> None:
+        begun = time.monotonic()
+        try:
+            self.check()
+        except PersistenceError as error:  # the next look may find the database back
+            log.debug("the size of the database cannot be told: %s", error)
+        finally:
+            now = time.monotonic()
+            self._due = now + max(CHECK_SECONDS, (now - begun) / _PART_OF_TIME)
+
+    def check(self) -> None:
+        """Look now, and do at once what is to be done."""
+        self._measure()
+        if self.full and self._on_full == "prune":
+            report = prune(self._store, self._policy, stop=self._stop)
+            log.warning("%d sessions were deleted to make room", report.sessions)
+            self._measure()
+
+    def _measure(self) -> None:
+        used = self._store.size()
+        if used > (self._low if self.full else self._limit):
+            ids = [state.session_id for state in self._store.session_states()]
+            parts = (
+                ids[at : at + _WEIGHED_SESSIONS] for at in range(0, len(ids), _WEIGHED_SESSIONS)
+            )
+            weights = (w for part in parts for w in self._store.weigh_sessions(part).values())
+            used = min(used, sum(weight.size for weight in weights))
+        self._used = used
+        if not self.full and used > self._limit:
+            self.full = True
+            log.warning("the database takes %d bytes, over its limit of %d", used, self._limit)
+        elif self.full and used <= self._low:
+            self.full = False
+            log.info("the database takes %d bytes, within its limit again", used)
+
+    def close(self) -> None:
+        """Look no more; what is under way ends with its transaction."""
+        self._stop.set()
+        if (thread := self._thread) is not None:
+            thread.join(_CLOSE_SECONDS)

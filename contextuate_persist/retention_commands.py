@@ -1,0 +1,78 @@
+"""The command for years of running: `prune`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from contextuate_persist import display, retention
+from contextuate_persist.base import BaseStore
+from contextuate_persist.console import ProgressBar, show, show_json
+from contextuate_persist.retention import PruneReport, RetentionPolicy
+
+OpenStore = Callable[[argparse.Namespace], BaseStore]
+
+
+def policy_of(args: argparse.Namespace) -> RetentionPolicy:
+    """The policy of a command line; without any limit it is one of age."""
+    days = args.days
+    if days is None and args.sessions is None and args.bytes is None:
+        days = retention.DEFAULT_DAYS
+    return RetentionPolicy(
+        max_age_days=days,
+        max_sessions=args.sessions,
+        max_bytes=args.bytes,
+        spared_days=args.spare,
+    )
+
+
+def prune(args: argparse.Namespace, open_given: OpenStore) -> int:
+    """Delete what is due, or say what would be."""
+    policy = policy_of(args)
+    bar = ProgressBar("prune", percent=True)
+    with open_given(args) as store:
+        try:
+            report = retention.prune(store, policy, dry_run=args.dry_run, progress=bar)
+        finally:
+            bar.clear()
+    _show(args, report, "deleted")
+    return 0
+
+
+def _show(
+    args: argparse.Namespace,
+    report: PruneReport,
+    done: str,
+    files: list[str] | None = None,
+) -> None:
+    if args.json:
+        more = {} if files is None else {"files": files}
+        show_json([{**wire(report), **more, "dryRun": args.dry_run}])
+        return
+    verb = f"would be {done}" if args.dry_run else done
+    show([f"{words(report)} {verb}{spared(report)}; {report.kept:,} sessions are kept"])
+    show(display.safe(file) for file in files or ())
+
+
+def wire(report: PruneReport) -> dict[str, int]:
+    """A report as a record of JSON."""
+    return {
+        "sessions": report.sessions,
+        "events": report.events,
+        "bytes": report.size,
+        "spared": report.spared,
+        "kept": report.kept,
+    }
+
+
+def words(report: PruneReport) -> str:
+    """How much it was, in words."""
+    size = f"{report.size / 1e6:,.1f} MB"
+    return f"{report.sessions:,} sessions with {report.events:,} events ({size})"
+
+
+def spared(report: PruneReport) -> str:
+    """What else there is to say."""
+    if not report.spared:
+        return ""
+    return f", {report.spared:,} changed meanwhile and are left for the next time"
