@@ -125,6 +125,9 @@ def make_parser() -> argparse.ArgumentParser:
     command("sample", "store a few sessions and events to try things out")
     _add_import(command("import", "store events from files; bad lines are reported"))
     _add_retention(command("prune", "delete old sessions, whole trees, in small steps"))
+    _add_archive(
+        command("archive", "write old sessions to files, verify these, and then delete them")
+    )
     _add_sessions(command("sessions", "list sessions, newest start first"))
     tree = command("tree", "draw sessions below the sessions that started them")
     tree.add_argument("session", nargs="?", metavar="SESSION", help="only this one and below")
@@ -234,6 +237,28 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         type=_days,
         default=1.0,
         help="what was active within so many days stays in any case (1)",
+    )
+
+
+def _add_archive(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--to",
+        metavar="DIRECTORY",
+        type=Path,
+        required=True,
+        help="where the files go; `import` brings back what is in them",
+    )
+    _add_recipients(parser)
+    _add_retention(parser)
+
+
+def _add_recipients(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipient",
+        metavar="AGE_KEY",
+        action="append",
+        default=[],
+        help="encrypt for this public key of age, or those in this file; several times for several",
     )
 
 
@@ -442,11 +467,14 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="+",
         metavar="FILE_OR_DIRECTORY",
-        help="JSON lines of events (- is standard input), or contextuate's file store, or a "
-        "directory of *.jsonl files",
+        help="JSON lines of events (- is standard input), or an archive, or contextuate's file "
+        "store, or a directory of *.jsonl and *.jsonl.gz files",
     )
     parser.add_argument(
         "--undelete", action="store_true", help="store events of deleted sessions, too"
+    )
+    parser.add_argument(
+        "--identity", metavar="FILE", type=Path, help="the secret key of age for encrypted files"
     )
 
 

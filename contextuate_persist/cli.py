@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from contextuate_persist import (
     display,
+    encryption,
     hook_command,
     privacy,
     queue_commands,
@@ -117,11 +118,14 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     failed = False
+    keys = encryption.identities(args.identity) if args.identity else ()
     with _store(args) as store:
         for path in args.paths:
             bar = ProgressBar(path)
             try:
-                report = import_path(store, path, undelete=args.undelete, progress=bar)
+                report = import_path(
+                    store, path, undelete=args.undelete, identities=keys, progress=bar
+                )
             except OSError as error:
                 bar.clear()
                 error.filename = error.filename or path  # an error of reading names no file
@@ -140,12 +144,18 @@ def _show_report(args: argparse.Namespace, path: str, report: ImportReport) -> N
         tell(message)
     if (more := report.refused_count - len(report.refused)) > 0:
         tell(f"{path}: and {more:,} more were refused")
+    if report.deleted:
+        tell(f"{path}: {report.deleted:,} sessions stay deleted; --undelete brings them back")
     if report.files == 0 and not report.refused:
         tell(f"{path}: no session of contextuate and no *.jsonl file is below this directory")
     if args.json:
         names = ("files", "lines", "stored", "sessions")
         record = {name: getattr(report, name) for name in names}
-        counts = {"alreadyThere": report.already_there, "refused": report.refused_count}
+        counts = {
+            "alreadyThere": report.already_there,
+            "refused": report.refused_count,
+            "stayDeleted": report.deleted,
+        }
         show_json([{"path": path, **record, **counts}])
     else:
         sessions = f", {report.sessions:,} sessions saved" if report.sessions else ""
@@ -308,6 +318,10 @@ def _prune(args: argparse.Namespace) -> int:
     return retention_commands.prune(args, _store)
 
 
+def _archive(args: argparse.Namespace) -> int:
+    return retention_commands.archive(args, _store)
+
+
 def _camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.capitalize() for word in rest)
@@ -319,6 +333,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sample": _sample,
     "import": _import,
     "prune": _prune,
+    "archive": _archive,
     "sessions": _sessions,
     "tree": _tree,
     "events": _events,

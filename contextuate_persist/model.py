@@ -89,6 +89,21 @@ class MessageUsage:
         """Input, output, read from the cache, written to the cache."""
         return (self.input_tokens, self.output_tokens, self.cache_read, self.cache_creation)
 
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> "MessageUsage":
+        """Build a valid usage from its wire form; keys this version does not know are ignored.
+
+        Raises InvalidRecord, naming the wire field.
+        """
+        usage = cls(**_from_wire(wire, MESSAGE_WIRE, required=("message_id", "timestamp")))
+        with _wire_names(MESSAGE_WIRE):
+            check_message_usage(usage)
+        return usage
+
+    def to_wire(self) -> dict[str, Any]:
+        """The wire form, without the session; `model` is left out when it is not known."""
+        return _to_wire(self, MESSAGE_WIRE)
+
     def merged(self, later: "MessageUsage") -> "MessageUsage":
         """Two readings of one message: the larger count of each kind."""
         return replace(
@@ -280,6 +295,15 @@ USAGE_WIRE = {
     "total_output": "totalOutput",
     "total_cache_read": "totalCacheRead",
     "total_cache_creation": "totalCacheCreation",
+}
+MESSAGE_WIRE = {
+    "message_id": "messageId",
+    "timestamp": "timestamp",
+    "model": "model",
+    "input_tokens": "inputTokens",
+    "output_tokens": "outputTokens",
+    "cache_read": "cacheRead",
+    "cache_creation": "cacheCreation",
 }
 EVENT_WIRE = {
     "id": "id",

@@ -1,11 +1,12 @@
-"""The command for years of running: `prune`."""
+"""The commands for years of running: `prune` and `archive`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 
-from contextuate_persist import display, retention
+from contextuate_persist import archive as archives
+from contextuate_persist import display, encryption, retention
 from contextuate_persist.base import BaseStore
 from contextuate_persist.console import ProgressBar, show, show_json
 from contextuate_persist.retention import PruneReport, RetentionPolicy
@@ -36,6 +37,22 @@ def prune(args: argparse.Namespace, open_given: OpenStore) -> int:
         finally:
             bar.clear()
     _show(args, report, "deleted")
+    return 0
+
+
+def archive(args: argparse.Namespace, open_given: OpenStore) -> int:
+    """Write what is due to files and delete it, or say what would be."""
+    policy = policy_of(args)
+    keys = encryption.recipients(args.recipient) if args.recipient else ()
+    bar = ProgressBar("archive", percent=True)
+    with open_given(args) as store:
+        try:
+            report = archives.archive(
+                store, args.to, policy, recipients=keys, dry_run=args.dry_run, progress=bar
+            )
+        finally:
+            bar.clear()
+    _show(args, report, "archived and deleted", [str(path) for path in report.files])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Import: JSON lines of events, and contextuate's file store, into any store.
+"""Import: JSON lines of events, archives, and contextuate's file store, into any store.
 
 A bad line costs that line only. Memory is bounded by the longest line and one batch, however long
 the file.
@@ -7,18 +7,28 @@ the file.
 from __future__ import annotations
 
 import errno
+import gzip
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import orjson
 
-from contextuate_persist.errors import InvalidRecord
-from contextuate_persist.model import MonitorEvent, SessionMeta
+from contextuate_persist import encryption
+from contextuate_persist.errors import (
+    ConfigurationError,
+    DamagedFile,
+    InvalidRecord,
+    SessionNotFound,
+)
+from contextuate_persist.model import MessageUsage, MonitorEvent, SessionMeta
 from contextuate_persist.payload import MAX_PAYLOAD_BYTES
 from contextuate_persist.protocol import PersistenceStore
 
@@ -29,6 +39,22 @@ Progress = Callable[[int, "int | None"], None]
 MAX_LINE_BYTES = 4 * MAX_PAYLOAD_BYTES
 #: How many refusals are kept in words; all are counted.
 REFUSALS_SHOWN = 1000
+
+#: At the end of a file's name that is not whole yet.
+PART = ".part"
+#: Of the files that are read of a directory.
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.gz.age")
+#: What lines of an archive are, beside the wire form of a record: the head of a file, its sessions,
+#: each with its messages, its events and an end that counts them, and the end of the file.
+ARCHIVE, SESSION, USAGE, EVENT, SESSION_END, ARCHIVE_END = (
+    "archive",
+    "session",
+    "usage",
+    "event",
+    "sessionEnd",
+    "archiveEnd",
+)
+ARCHIVE_VERSION = 1
 
 _BATCH_EVENTS = 500
 _BATCH_BYTES = 4 * 2**20
@@ -44,7 +70,8 @@ class ImportReport:
     `lines` are the events that were read, empty lines not among them. `already_there` are those
     that changed nothing: stored before, twice in the files, or of a session that was deleted since.
     `refused` names each bad line as FILE:LINE: FIELD: REASON, the first thousand of them, and
-    `refused_count` counts them all.
+    `refused_count` counts them all. `deleted` are sessions of archives that stay deleted, for want
+    of `undelete`.
     """
 
     files: int
@@ -54,6 +81,7 @@ class ImportReport:
     sessions: int
     refused: tuple[str, ...]
     refused_count: int
+    deleted: int = 0
 
 
 def import_path(
@@ -61,14 +89,21 @@ def import_path(
     path: str | os.PathLike[str] | BinaryIO,
     *,
     undelete: bool = False,
+    identities: Sequence[Any] = (),
     progress: Progress | None = None,
 ) -> ImportReport:
     """Store the events of a file, a directory or a stream; `-` is standard input.
 
-    A file holds one event a line, in its wire form. Of a directory, contextuate's file store is
+    A file holds one event a line, in its wire form, or is an archive (`archive.archive`): with its
+    sessions, their events and their token ledger. Of a directory, contextuate's file store is
     recognised (all of it, its `sessions` directory, or the directory of one session): there each
     session is saved before its events, as `save_session` does it. Of any other directory, every
-    *.jsonl below it is read, in the order of their names.
+    *.jsonl, *.jsonl.gz and *.jsonl.gz.age below it is read, in the order of their names. Those
+    that end in .gz are unpacked, encrypted ones opened with `identities`
+    (`encryption.identities`).
+
+    A session of an archive is saved as it was, unless it is there: then only events and messages
+    that are missing are added.
 
     Every good line is stored and every bad one reported, in the file's order. An event that is
     stored already counts as such, so an import that failed half-way may be run again. Events of a
@@ -76,7 +111,7 @@ def import_path(
     report; a missing one raises FileNotFoundError; what is wrong with the store raises what
     `save_events` raises. `progress` is called after each batch.
     """
-    importer = _Importer(store, undelete, progress)
+    importer = _Importer(store, undelete, identities, progress)
     if not isinstance(path, (str, os.PathLike)):
         importer.read(str(getattr(path, "name", "stream")), path)
     elif os.fspath(path) == "-":
@@ -144,12 +179,35 @@ def _files_below(root: Path, refuse: Callable[[str, str], None]) -> list[Path]:
     found: list[Path] = []
     walk = os.walk(root, onerror=lambda error: refuse(str(error.filename), _reason(error)))
     for directory, _, names in walk:
-        found += [Path(directory, name) for name in names if name.endswith(".jsonl")]
+        found += [Path(directory, name) for name in names if name.endswith(SUFFIXES)]
     return sorted(found)
 
 
 def _files_of_session(directory: Path) -> list[Path]:
     return [path for name in ("meta.json", "events.jsonl") if (path := directory / name).is_file()]
+
+
+@contextmanager
+def opened(path: Path, identities: Sequence[Any] = ()) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """A file to read lines from, decrypted and unpacked as its beginning and its name tell.
+
+    With it comes the file itself, which tells how far it is read. Raises OSError if it cannot be
+    opened, ConfigurationError if it is encrypted and no key is given.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        stream: Any = file
+        if encryption.is_encrypted(file.peek(64)):
+            if not identities:
+                raise ConfigurationError(f"{path}: is encrypted: name the key with --identity FILE")
+            stream = stack.enter_context(encryption.decrypted(file, identities, str(path)))
+        if path.name.removesuffix(PART).removesuffix(".age").endswith(".gz"):
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+        yield stream, file
+
+
+#: What reading a damaged file raises.
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, DamagedFile)
 
 
 def _reason(error: OSError) -> str:
@@ -177,10 +235,19 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
 class _Importer:
     """Collects events into batches, and what becomes of them into a report."""
 
-    def __init__(self, store: PersistenceStore, undelete: bool, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        store: PersistenceStore,
+        undelete: bool,
+        identities: Sequence[Any],
+        progress: Progress | None,
+    ) -> None:
         self._store = store
         self._undelete = undelete
+        self._identities = identities
         self._progress = progress
+        self._archive: _Archive | None = None
+        self._deleted = 0
         self._bytes_done = 0
         self._bytes_total: int | None = None
         self._files = self._read = self._stored = self._already_there = self._sessions = 0
@@ -201,6 +268,7 @@ class _Importer:
             sessions=self._sessions,
             refused=tuple(self._refused),
             refused_count=self._refused_count,
+            deleted=self._deleted,
         )
 
     def read_files(self, paths: list[Path], *, must_open: bool = False) -> None:
@@ -208,39 +276,102 @@ class _Importer:
         # A named pipe has no size.
         self._bytes_total = sum(sizes) if len(sizes) == len(paths) else None
         for path in paths:
+            done = self._bytes_done
             try:
-                opened = path.open("rb")
+                with opened(path, self._identities) as (stream, file):
+                    if path.name == "meta.json" and not must_open:
+                        self._read_session(str(path), stream)
+                    elif stream is file:
+                        self.read(str(path), stream)
+                    else:
+                        self.read(str(path), stream, lambda: done + file.tell())  # noqa: B023
             except OSError as error:
                 if must_open:
                     raise
                 self.refuse(str(path), _reason(error))
-                continue
-            with opened:
-                if path.name == "meta.json" and not must_open:
-                    self._read_session(str(path), opened)
-                else:
-                    self.read(str(path), opened)
 
-    def read(self, name: str, stream: BinaryIO) -> None:
-        """Store the events of a stream, one a line."""
+    def read(self, name: str, stream: BinaryIO, position: Callable[[], int] | None = None) -> None:
+        """Store the events of a stream, one a line; `position` tells the bytes done, if not these.
+
+        A stream that begins as an archive has other lines, too.
+        """
         self._files += 1
-        for number, (text, size) in enumerate(_lines(stream), start=1):
-            self._bytes_done += size
-            line = None if text is None else _stripped(text, first=number == 1)
-            if line == b"":
-                continue
+        number = 0
+        try:
+            for number, (text, size) in enumerate(_lines(stream), start=1):
+                self._bytes_done = position() if position else self._bytes_done + size
+                line = None if text is None else _stripped(text, first=number == 1)
+                if line == b"":
+                    continue
+                try:
+                    self._take_line(f"{name}:{number}", line, first=number == 1)
+                except InvalidRecord as error:
+                    self.refuse(f"{name}:{number}", str(error))
+                self._batch_bytes += size
+                if self._position >= _BATCH_EVENTS or self._batch_bytes >= _BATCH_BYTES:
+                    self.flush()
+        except DAMAGE as error:
+            self.refuse(f"{name}:{number + 1}", f"file: damaged or cut short: {error}")
+        else:
+            if self._archive is not None and not self._archive.ended:
+                self.refuse(f"{name}:{number + 1}", "file: cut short: the archive has no end")
+        self._archive = None
+
+    def _take_line(self, place: str, line: bytes | None, *, first: bool) -> None:
+        if self._archive is None:
             self._read += 1
             self._position += 1
-            place = f"{name}:{number}"
-            try:
-                event = MonitorEvent.from_wire(_parse_line(line))
-            except InvalidRecord as error:
-                self.refuse(place, str(error))
-            else:
-                self._events.append((self._position, place, event))
-            self._batch_bytes += size
-            if self._position >= _BATCH_EVENTS or self._batch_bytes >= _BATCH_BYTES:
-                self.flush()
+            record = _parse_line(line)
+            if not first or not _is_head(record):
+                self._events.append((self._position, place, MonitorEvent.from_wire(record)))
+                return
+            self._read -= 1
+            self._archive = _Archive()
+            return
+        self._position += 1
+        record = _parse_line(line)
+        self._archive.count(line or b"")
+        kind = record.get("kind") if isinstance(record, dict) else None
+        if kind == EVENT:
+            self._read += 1
+            self._events.append((self._position, place, MonitorEvent.from_wire(record)))
+        elif kind == SESSION:
+            session = SessionMeta.from_wire(record)
+            self.flush()
+            self._archive.begin(session.session_id, line or b"")
+            self._restore(session)
+        elif kind == USAGE:
+            self._archive.usages.append(MessageUsage.from_wire(record))
+        elif kind == SESSION_END:
+            self.flush()
+            self._end_session(self._archive, record)
+        elif kind == ARCHIVE_END:
+            self._archive.ended = True
+        else:
+            raise InvalidRecord("kind: not one that this version knows in an archive")
+
+    # --- Archives -----------------------------------------------------------------------------
+
+    def _end_session(self, archive: _Archive, end: Mapping[str, Any]) -> None:
+        try:
+            self._store.save_usage(archive.session_id, archive.usages)
+        except SessionNotFound:  # it stays deleted
+            self._deleted += 1
+        if end.get("sha256") != archive.checksum:
+            raise InvalidRecord(
+                f"sha256: the lines of session {archive.session_id!r} are not those that were "
+                "archived"
+            )
+
+    def _restore(self, session: SessionMeta) -> None:
+        if self._store.get_session(session.session_id) is not None:
+            return
+        if not self._store.save_session(session, undelete=self._undelete):
+            return
+        self._sessions += 1
+        if session.end_time is not None and session.status == "active":
+            # A save takes that for a session that goes on.
+            self._store.update_session(session.session_id, end_time=session.end_time)
 
     def _read_session(self, name: str, stream: BinaryIO) -> None:
         """Save the session of a meta.json; a broken one is one refusal."""
@@ -279,6 +410,41 @@ class _Importer:
         self._events, self._refusals = [], []
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
+
+
+class _Archive:
+    """An archive on its way in, and its session of which lines come just now."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.session_id = ""
+        self.usages: list[MessageUsage] = []
+        self._checksum = self._before = hashlib.sha256()
+
+    def begin(self, session_id: str, line: bytes) -> None:
+        """A session begins, with this line."""
+        self.session_id, self.usages = session_id, []
+        self._checksum = self._before = hashlib.sha256()
+        self.count(line)
+
+    def count(self, line: bytes) -> None:
+        """A line of the session, whose last one is not in the checksum."""
+        self._before = self._checksum.copy()
+        self._checksum.update(line + b"\n")
+
+    @property
+    def checksum(self) -> str:
+        """Over all lines but the last."""
+        return self._before.hexdigest()
+
+
+def _is_head(record: Any) -> bool:
+    """Whether a file's first line is that of an archive; raises InvalidRecord for a newer one."""
+    if not isinstance(record, dict) or record.get("kind") != ARCHIVE:
+        return False
+    if record.get("version") != ARCHIVE_VERSION:
+        raise InvalidRecord("version: a newer contextuate-persist has written this archive")
+    return True
 
 
 def _stripped(line: bytes, *, first: bool = True) -> bytes:

@@ -1,0 +1,526 @@
+"""Archives: nothing is deleted that is not in a file that was read back; all of it comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contextuate_persist import (
+    ConfigurationError,
+    DamagedFile,
+    MessageUsage,
+    MonitorEvent,
+    SessionMeta,
+    TokenUsage,
+    encryption,
+    retention,
+)
+from contextuate_persist import archive as archives
+from contextuate_persist.archive import archive
+from contextuate_persist.base import BaseStore
+from contextuate_persist.cli import main
+from contextuate_persist.config import ENVIRONMENT_URL
+from contextuate_persist.retention import RetentionPolicy
+from contextuate_persist.transfer import import_path
+from tests.builders import T0, event, session, usage
+from tests.conftest import Database, make_store
+
+BOTH_LAYOUTS = "comes_back|changes_meanwhile"
+NOW = time.time_ns() // 1_000_000
+OLD = {"end_time": T0, "status": "completed"}
+POLICY = RetentionPolicy()
+
+Content = dict[str, tuple[SessionMeta, list[MessageUsage], list[MonitorEvent]]]
+
+
+def content(store: BaseStore) -> Content:
+    """Everything that a store has, by session."""
+    return {
+        one.session_id: (
+            one,
+            store.get_usage(one.session_id),
+            [*store.iter_events(session_id=one.session_id)],
+        )
+        for one in store.get_sessions()
+    }
+
+
+def in_archives(directory: Path) -> Content:
+    """Everything that the files of an archive have, each of which must be whole."""
+    found: Content = {}
+    for path in sorted(directory.glob("*.jsonl.gz")):
+        lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        assert (lines[0]["kind"], lines[-1]["kind"]) == ("archive", "archiveEnd")
+        for line in lines:
+            if line["kind"] == "session":
+                one = SessionMeta.from_wire(line)
+                found[one.session_id] = (one, [], [])
+            elif line["kind"] == "usage":
+                found[line["sessionId"]][1].append(MessageUsage.from_wire(line))
+            elif line["kind"] == "event":
+                found[line["sessionId"]][2].append(MonitorEvent.from_wire(line))
+    return found
+
+
+def fill(store: BaseStore) -> None:
+    """Old sessions of all kinds, among them all that is hard to keep."""
+    store.save_sessions(
+        [
+            session("root", label="L\u00e4bel \ud800 \0", model="m", agent_type="nexus",
+                    transcript_path="/t\0", child_session_ids=("listed",), hidden=True, **OLD),
+            session("child", parent_session_id="root", token_usage=TokenUsage(
+                total_input=7, total_output=8, total_cache_read=9), **OLD),
+            session("by hand", manual_parent_session_id="child", is_user_initiated=False, **OLD),
+            session("failed", start_time=T0 + 5, end_time=T0 + 9, status="error"),
+            session("never ended", machine_id="M2", working_directory="/\ud800"),
+            session("of a reference", parent_session_id="unseen", **OLD),
+            session("kept", start_time=NOW),
+            session("pinned", is_pinned=True, **OLD),
+        ]
+    )  # fmt: skip
+    store.update_session("never ended", end_time=T0 + 3)
+    hard = {
+        "n": 2**70, "f": 1e16, "z": -1.5e-300, "nul": "\0", "lone": "\ud800", "deep": [[[[{}]]]],
+        "del": "\x7f", "kind": "session", "text": "DELIMITER ;; \" '", "long": "x" * 70_000,
+    }  # fmt: skip
+    for name in ("root", "child", "failed", "never ended", "kept", "pinned"):
+        first = NOW if name == "kept" else T0
+        store.save_events(
+            event(name, first + number // 3, data={**hard, "number": number},
+                  event_type="of tomorrow" if number % 2 else "tool_call")
+            for number in range(9)
+        )  # fmt: skip
+    store.save_event(event("from events", T0 - 5, parent_session_id="named"))
+    store.save_usage("root", [usage("m1", 3, model="big"), usage("m2", 4, cache_read=2**40)])
+    store.save_usage("never ended", [usage("m3", 0)])
+
+
+def test_what_was_archived_and_deleted_comes_back_equal(store: BaseStore, tmp_path: Path) -> None:
+    fill(store)
+    before = content(store)
+    report = archive(store, tmp_path / "new" / "archive", POLICY)
+    old = before.keys() - {"kept", "pinned"}
+    assert (report.sessions, report.spared, report.kept) == (len(old), 0, 2)
+    assert content(store).keys() == {"kept", "pinned"}
+    (path,) = report.files
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert in_archives(path.parent) == {name: before[name] for name in old}
+    again = import_path(store, path, undelete=True)
+    assert (again.sessions, again.refused, again.deleted) == (len(old), (), 0)
+    assert again.stored == again.lines == report.events
+    assert content(store) == before
+    assert import_path(store, path.parent, undelete=True).stored == 0
+    assert content(store) == before
+    assert store.save_event(event("root", T0 + 10)) is True  # it is no deleted session any more
+
+
+def test_an_archive_is_no_way_around_a_deletion(store: BaseStore, tmp_path: Path) -> None:
+    fill(store)
+    report = archive(store, tmp_path, POLICY)
+    left = content(store)
+    again = import_path(store, report.files[0])
+    assert (again.sessions, again.stored, again.deleted) == (0, 0, report.sessions)
+    assert again.already_there == again.lines == report.events
+    assert again.refused == ()
+    assert content(store) == left
+
+
+def test_a_session_that_is_there_only_gets_what_it_lacks(store: BaseStore, tmp_path: Path) -> None:
+    store.save_session(session("s", label="old", **OLD))
+    store.save_events(event("s", T0 + i) for i in range(3))
+    store.save_usage("s", [usage("m", 5)])
+    was = content(store)["s"]
+    report = archive(store, tmp_path, POLICY)
+    later = NOW + 600_000  # than the deletion, whose time is the server's
+    store.save_session(session("s", label="new", start_time=later))
+    store.save_event(event("s", later))
+    import_path(store, report.files[0], undelete=True)
+    found, messages, events = content(store)["s"]
+    assert (found.label, found.start_time, found.status) == ("new", later, "active")
+    assert messages == was[1]
+    assert events[:3] == was[2]
+    assert len(events) == 4
+
+
+def test_a_dry_run_writes_and_deletes_nothing(store: BaseStore, tmp_path: Path) -> None:
+    fill(store)
+    before = content(store)
+    told = archive(store, tmp_path / "archive", POLICY, dry_run=True)
+    assert content(store) == before
+    assert not (tmp_path / "archive").exists()
+    done = archive(store, tmp_path / "archive", POLICY)
+    assert dataclasses.replace(done, files=()) == told
+
+
+def test_nothing_due_makes_no_file(store: BaseStore, tmp_path: Path) -> None:
+    store.save_session(session("young", start_time=NOW))
+    assert archive(store, tmp_path, POLICY).files == ()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_files_are_cut_between_trees(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "FILE_SESSIONS", 3)
+    monkeypatch.setattr(retention, "STEP_SESSIONS", 2)
+    for number in range(4):
+        store.save_sessions(
+            [
+                session(f"r{number}", **OLD),
+                session(f"c{number}", parent_session_id=f"r{number}", **OLD),
+            ]
+        )
+    before = content(store)
+    seen: list[tuple[int, int | None]] = []
+    report = archive(store, tmp_path, POLICY, progress=lambda *done: seen.append(done))
+    assert len(report.files) == len({path.name for path in report.files}) == 4
+    assert seen == [(2, 8), (4, 8), (6, 8), (8, 8)]
+    assert in_archives(tmp_path) == before
+
+
+def test_archiving_stops_when_told_to_and_goes_on_later(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "FILE_SESSIONS", 1)
+    store.save_sessions(session(f"s{number}", **OLD) for number in range(3))
+    before = content(store)
+    stop = threading.Event()
+    report = archive(store, tmp_path, POLICY, progress=lambda *_: stop.set(), stop=stop)
+    assert (report.sessions, report.spared, report.kept, len(report.files)) == (1, 0, 2, 1)
+    assert archive(store, tmp_path, POLICY).sessions == 2
+    assert in_archives(tmp_path) == before
+
+
+def test_half_files_of_a_killed_archiving_are_removed(store: BaseStore, tmp_path: Path) -> None:
+    (tmp_path / "contextuate-20260101T000000Z-0001.jsonl.gz.part").write_text("half")
+    assert import_path(store, tmp_path).files == 0
+    assert archive(store, tmp_path, POLICY).files == ()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+# --- What changes meanwhile -----------------------------------------------------------------------
+
+CHANGES: dict[str, Callable[[BaseStore], object]] = {
+    "pinned": lambda store: store.update_session("child", is_pinned=True),
+    "renamed": lambda store: store.update_session("child", label="renamed"),
+    "a new event": lambda store: store.save_event(event("child", T0 - 5)),
+    "a new message": lambda store: store.save_usage("child", [usage("new", 5)]),
+    "a larger reading": lambda store: store.save_usage("root", [usage("m1", 500)]),
+    "a new child": lambda store: store.save_session(session("new", parent_session_id="child")),
+    "deleted": lambda store: store.delete_session("child"),
+}
+
+
+@pytest.mark.parametrize("moment", ["_verify", "_delete"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tree_that_changes_meanwhile_is_left_alone(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, moment: str
+) -> None:
+    store.save_sessions([session("root", **OLD), session("child", parent_session_id="root", **OLD),
+                         session("other", **OLD)])  # fmt: skip
+    store.save_events(event(name, T0 + i) for name in ("root", "child", "other") for i in range(3))
+    store.save_usage("root", [usage("m1", 1)])
+    go_on = getattr(archives._Work, moment)
+    changed: list[Content] = []
+
+    def change_before(self: Any, *arguments: Any) -> Any:
+        if not changed:
+            CHANGES[change](store)
+            changed.append(content(store))
+        return go_on(self, *arguments)
+
+    monkeypatch.setattr(archives._Work, moment, change_before)
+    report = archive(store, tmp_path, POLICY)
+    assert report.sessions == 1
+    (expected,) = changed
+    del expected["other"]
+    assert content(store) == expected
+    left = archive(store, tmp_path, POLICY)  # and the next time it goes, if it may
+    assert left.spared == 0
+    assert (content(store) == {}) == (change != "pinned")
+
+
+def test_a_file_that_is_not_what_the_database_has_is_noticed_and_nothing_is_deleted(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    before = content(store)
+    write = archives._Work._write
+
+    def flipped(text: bytes) -> bytes:
+        middle = len(text) // 2
+        return text[:middle] + bytes([text[middle] ^ 1]) + text[middle + 1 :]
+
+    def edited(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+        return lambda text: gzip.compress(gzip.decompress(text).replace(old, new, 1))
+
+    def without_a_session(text: bytes) -> bytes:
+        lines = gzip.decompress(text).splitlines(keepends=True)
+        ends = [i for i, line in enumerate(lines) if b'"kind":"sessionEnd"' in line]
+        return gzip.compress(b"".join(lines[: ends[0] + 1] + lines[ends[1] + 1 :]))
+
+    damages: list[Callable[[bytes], bytes]] = [
+        flipped,
+        lambda text: text[:-20],
+        lambda text: b"",
+        edited(b'"number":3', b'"number":4'),
+        edited(b'"outputTokens":3', b'"outputTokens":4'),
+        edited(b'"label":', b'"lable":'),
+        edited(b'"kind":"archiveEnd"', b'"kind":"?"'),
+        without_a_session,
+    ]
+    for damage in damages:
+
+        def write_damaged(self: Any, part: Path, forest: Any) -> Any:
+            fingerprints = write(self, part, forest)
+            part.write_bytes(damage(part.read_bytes()))  # noqa: B023
+            return fingerprints
+
+        monkeypatch.setattr(archives._Work, "_write", write_damaged)
+        with pytest.raises(DamagedFile, match=r"\.part: "):
+            archive(store, tmp_path, POLICY)
+        assert content(store) == before
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_leaves_everything_where_it_is(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    before = content(store)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(archives.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        archive(store, tmp_path, POLICY)
+    assert str(caught.value.filename).endswith(".part")
+    assert content(store) == before
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_two_do_not_archive_to_one_directory(store: BaseStore, tmp_path: Path) -> None:
+    with (
+        archives._sole_archiver(tmp_path),
+        pytest.raises(ConfigurationError, match="another process archives to it"),
+    ):
+        archive(store, tmp_path, POLICY)
+
+
+# --- Encrypted ------------------------------------------------------------------------------------
+
+
+def test_an_encrypted_archive_is_read_back_all_the_same_and_opened_by_its_key(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    before = content(store)
+    public = encryption.new_identity(tmp_path / "key")
+    keys = encryption.recipients([public])
+    write = archives._Work._write
+
+    def damaged(self: Any, part: Path, forest: Any) -> Any:
+        fingerprints = write(self, part, forest)
+        part.write_bytes(part.read_bytes()[:-1])
+        return fingerprints
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archives._Work, "_write", damaged)
+        with pytest.raises(DamagedFile):
+            archive(store, tmp_path / "archive", POLICY, recipients=keys)
+    assert content(store) == before
+    (path,) = archive(store, tmp_path / "archive", POLICY, recipients=keys).files
+    assert path.name.endswith(".jsonl.gz.age")
+    assert b"never ended" not in path.read_bytes()
+    with pytest.raises(ConfigurationError, match="--identity"):
+        import_path(store, path, undelete=True)
+    encryption.new_identity(tmp_path / "other")
+    with pytest.raises(ConfigurationError, match="not encrypted for this key"):
+        import_path(
+            store, path, undelete=True, identities=encryption.identities(tmp_path / "other")
+        )
+    own = encryption.identities(tmp_path / "key")
+    assert import_path(store, path.parent, undelete=True, identities=own).refused == ()
+    assert content(store) == before
+
+
+# --- Import ---------------------------------------------------------------------------------------
+
+
+def test_a_damaged_archive_gives_what_can_be_read_and_says_so(
+    store: BaseStore, tmp_path: Path
+) -> None:
+    fill(store)
+    before = content(store)
+    (path,) = archive(store, tmp_path, POLICY).files
+    text = gzip.decompress(path.read_bytes())
+    edited = tmp_path / "edited.jsonl.gz"
+    edited.write_bytes(gzip.compress(text.replace(b'"number":3', b'"number":4', 1)))
+    report = import_path(store, edited, undelete=True)
+    assert report.refused_count == 1
+    assert "sha256: the lines of session " in report.refused[0]
+    assert content(store).keys() == before.keys()
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(text)[:-9])
+    (refusal,) = import_path(store, cut, undelete=True).refused
+    assert "file: damaged or cut short" in refusal
+    unpacked = tmp_path / "unpacked.jsonl"
+    unpacked.write_bytes(text)
+    assert import_path(store, unpacked, undelete=True).refused == ()
+    unpacked.write_bytes(b"".join(text.splitlines(keepends=True)[:-1]))
+    (refusal,) = import_path(store, unpacked, undelete=True).refused
+    assert "the archive has no end" in refusal
+    unpacked.write_bytes(text.replace(b'"version":1', b'"version":2'))
+    assert "a newer contextuate-persist" in import_path(store, unpacked).refused[0]
+
+
+def test_lines_of_events_may_be_compressed_too(store: BaseStore, tmp_path: Path) -> None:
+    given = [event("s", T0 + i) for i in range(3)]
+    lines = [json.dumps(one.to_wire()) for one in given]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    done: list[tuple[int, int | None]] = []
+    report = import_path(store, tmp_path, progress=lambda *at: done.append(at))
+    assert (report.lines, report.stored) == (3, 3)
+    size = (tmp_path / "a.jsonl.gz").stat().st_size
+    assert done == [(size, size)]
+    assert store.get_events("s") == given
+
+
+# --- Killed ---------------------------------------------------------------------------------------
+
+
+def archive_killed_after(url: str, directory: Path, seconds: float) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "contextuate_persist", "archive", "--to", str(directory)],
+        env={**os.environ, ENVIRONMENT_URL: url},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        running.wait(seconds)
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGKILL)
+        running.wait(20)
+
+
+def kill_archives(database: Database, directory: Path, kills: int) -> None:
+    chance = random.Random(11)
+    with make_store(database.url) as store:
+        for number in range(20 * kills):
+            root = f"root{number}"
+            store.save_sessions(
+                [session(root, **OLD), session(f"{root} child", parent_session_id=root, **OLD)]
+            )
+            store.save_events(event(root, T0 + i, data={"i": i}) for i in range(20))
+            store.save_usage(root, [usage(f"m{number}", number)])
+        before = content(store)
+        for _ in range(kills):
+            archive_killed_after(database.url, directory, chance.uniform(0.35, 1.5))
+            there, archived = content(store), in_archives(directory)
+            assert there.keys() | archived.keys() == before.keys()
+            for name, was in before.items():
+                assert there.get(name, was) == was
+                assert archived.get(name, was) == was
+                assert (name in there) == (name.removesuffix(" child") in there)
+        report = archive(store, directory, POLICY, rest=0)
+        assert report.spared == 0
+        assert content(store) == {}
+        assert in_archives(directory) == before
+        assert [*directory.glob("*.part")] == []
+        assert import_path(store, directory, undelete=True).refused == ()
+        assert content(store) == before
+
+
+def test_an_archiving_that_was_killed_is_completed_by_the_next(
+    database: Database, tmp_path: Path
+) -> None:
+    kill_archives(database, tmp_path, kills=2)
+
+
+@pytest.mark.soak
+def test_an_archiving_that_is_killed_again_and_again_loses_nothing(
+    database: Database, tmp_path: Path
+) -> None:
+    kill_archives(database, tmp_path, kills=20)
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(
+    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    monkeypatch.setenv(ENVIRONMENT_URL, database.url)
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([*map(str, arguments)])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_command
+
+
+def test_the_command_archives_and_import_brings_it_back(
+    run: Callable[..., tuple[int, str, str]], store: BaseStore, tmp_path: Path
+) -> None:
+    fill(store)
+    before = content(store)
+    status, out, _ = run("archive", "--to", tmp_path / "a\x1b[31m", "--dry-run")
+    assert (status, "would be archived and deleted" in out) == (0, True)
+    status, out, _ = run("archive", "--to", tmp_path / "a\x1b[31m")
+    assert status == 0
+    assert "sessions with 37 events" in out
+    assert "\x1b" not in out
+    status, _, err = run("import", tmp_path / "a\x1b[31m")
+    assert (status, "stay deleted; --undelete brings them back" in err) == (0, True)
+    status, out, _ = run("import", tmp_path / "a\x1b[31m", "--undelete")
+    assert (status, "37 events read, 37 stored" in out) == (0, True)
+    assert content(store) == before
+
+
+def test_the_command_encrypts_for_who_is_named(
+    run: Callable[..., tuple[int, str, str]], store: BaseStore, tmp_path: Path
+) -> None:
+    fill(store)
+    before = content(store)
+    public = encryption.new_identity(tmp_path / "key")
+    status, out, _ = run("archive", "--to", tmp_path / "a", "--recipient", public, "--json")
+    (record,) = map(json.loads, out.splitlines())
+    assert (status, len(record["files"]), record["dryRun"]) == (0, 1, False)
+    status, _, err = run("import", tmp_path / "a", "--undelete")
+    assert (status, "--identity FILE" in err) == (1, True)
+    assert run("import", tmp_path / "a", "--undelete", "--identity", tmp_path / "key")[0] == 0
+    assert content(store) == before
+    assert run("archive", "--to", tmp_path / "a", "--recipient", "age1nonsense")[0] == 1
+    assert run("archive")[0] == 2
+
+
+def test_a_number_that_is_none_is_no_event(store: BaseStore, tmp_path: Path) -> None:
+    """What JSON cannot hold was never stored: an archive has nothing to invent."""
+    given = event("s", data={"x": 1.5, "id": str(uuid.uuid4())})
+    store.save_event(given)
+    (path,) = archive(store, tmp_path, POLICY).files
+    text = gzip.decompress(path.read_bytes())
+    assert not any(word in text for word in (b"NaN", b"Infinity"))
+    assert math.isclose(in_archives(tmp_path)["s"][2][0].data["x"], 1.5)
