@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from contextuate_persist import __version__, tls
 from contextuate_persist.config import (
+    ENVIRONMENT_ADMINISTRATOR,
     ENVIRONMENT_URL,
     parse_size,
 )
@@ -127,6 +128,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_retention(command("prune", "delete old sessions, whole trees, in small steps"))
     _add_archive(
         command("archive", "write old sessions to files, verify these, and then delete them")
+    )
+    _add_maintain(
+        command(
+            "maintain",
+            "do what is to be done each day, week, month or quarter, and say what is left to you",
+            epilog="Exit status: 0 if all is well, 3 with warnings, 1 with a problem.",
+        )
     )
     _add_sessions(command("sessions", "list sessions, newest start first"))
     tree = command("tree", "draw sessions below the sessions that started them")
@@ -250,6 +258,40 @@ def _add_archive(parser: argparse.ArgumentParser) -> None:
     )
     _add_recipients(parser)
     _add_retention(parser)
+
+
+def _add_maintain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "period",
+        choices=["daily", "weekly", "monthly", "quarterly"],
+        help="daily: connections, slow statements, the newest backup; weekly: ANALYZE, sizes, use "
+        "of indexes; monthly: archive, partitions, VACUUM or OPTIMIZE where it helps; quarterly: "
+        "restore test, benchmarks, indexes, migrations",
+    )
+    parser.add_argument(
+        "--backups",
+        metavar="DIRECTORY",
+        type=Path,
+        help="where the backups are, to verify the newest, and quarterly to restore it into a "
+        f"database of its own (with an administrator's URL in {ENVIRONMENT_ADMINISTRATOR})",
+    )
+    parser.add_argument(
+        "--identity", metavar="FILE", type=Path, help="the secret key of age for encrypted backups"
+    )
+    parser.add_argument(
+        "--archive-to",
+        metavar="DIRECTORY",
+        type=Path,
+        help="archive what is due by the options below; without it nothing is deleted",
+    )
+    parser.add_argument(
+        "--benchmarks",
+        metavar="DIRECTORY",
+        type=Path,
+        help="where `bench --output` has written figures, to compare the newest two",
+    )
+    _add_recipients(parser)
+    _add_limits(parser)
 
 
 def _add_recipients(parser: argparse.ArgumentParser) -> None:

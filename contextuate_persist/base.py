@@ -1049,6 +1049,32 @@ class BaseStore(ABC):
         """
         return self._run(self._select_size)
 
+    # --- Maintenance: what `maintenance` is made of -----------------------------------------------
+
+    def survey(self) -> dict[str, doctor.Rows | None]:
+        """What the server tells of its condition, by name; None where not to this account."""
+        return self._translated(self._survey)
+
+    def refresh_statistics(self, table: str) -> None:
+        """Count the rows of a table anew for the planner; raises StoreRefused if not the owner."""
+        self._translated(partial(self._refresh_statistics, table))
+
+    def compact(self, table: str) -> None:
+        """Make the room that deleted rows of a table had free; raises StoreRefused."""
+        self._translated(partial(self._compact, table))
+
+    def _translated(self, work: Callable[[], T]) -> T:
+        """Do work on a connection of its own, whose errors are told in our words."""
+        try:
+            return work()
+        except PersistenceError:
+            raise
+        except Exception as error:
+            fault = self._fault(error)
+            if fault is None:  # pragma: no cover  (a defect, not the database's word)
+                raise
+            raise self._error(fault, error) from error
+
     # --- Schema: the owner's account, by explicit command -------------------------------------
 
     def apply_schema(self, timeout: float = 60.0) -> bool:
@@ -1455,6 +1481,18 @@ class BaseStore(ABC):
     @abstractmethod
     def _examine(self) -> Seen:
         """What a check looks at, over a connection of its own."""
+
+    @abstractmethod
+    def _survey(self) -> dict[str, doctor.Rows | None]:
+        """Answers about the condition, over a connection of its own."""
+
+    @abstractmethod
+    def _refresh_statistics(self, table: str) -> None:
+        """ANALYZE, over a connection of its own that may take its time."""
+
+    @abstractmethod
+    def _compact(self, table: str) -> None:
+        """VACUUM or OPTIMIZE, likewise."""
 
     @abstractmethod
     def _health(self, connection: Any) -> Health: ...

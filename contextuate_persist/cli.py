@@ -322,6 +322,10 @@ def _archive(args: argparse.Namespace) -> int:
     return retention_commands.archive(args, _store)
 
 
+def _maintain(args: argparse.Namespace) -> int:
+    return retention_commands.maintain(args, _store)
+
+
 def _camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.capitalize() for word in rest)
@@ -334,6 +338,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "import": _import,
     "prune": _prune,
     "archive": _archive,
+    "maintain": _maintain,
     "sessions": _sessions,
     "tree": _tree,
     "events": _events,

@@ -1142,6 +1142,65 @@ SET_SEQUENCE = "ALTER TABLE {table} AUTO_INCREMENT = {next_seq}"
 
 CREATE_SCRATCH = "CREATE DATABASE {database} CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
 
+# --- Maintenance ----------------------------------------------------------------------------------
+
+# By name; each may be refused to an account, which is then said and no fault.
+SURVEY = {
+    "connections": """
+        SELECT CAST(g.variable_value AS SIGNED), @@GLOBAL.max_connections
+        FROM performance_schema.global_status AS g
+        WHERE g.variable_name = 'Threads_connected'
+    """,
+    # Needs PROCESS.
+    "transactions": """
+        SELECT
+            CAST(x.trx_mysql_thread_id AS CHAR), TIMESTAMPDIFF(SECOND, x.trx_started, NOW()) AS age
+        FROM information_schema.innodb_trx AS x
+        HAVING age > 300
+        ORDER BY age DESC
+    """,
+    "sizes": """
+        SELECT t.table_name, t.table_rows, t.data_length, t.index_length
+        FROM information_schema.tables AS t
+        WHERE t.table_schema = DATABASE()
+            AND t.table_name IN (
+                'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger'
+            )
+        ORDER BY t.table_name
+    """,
+    # What OPTIMIZE TABLE would give back to the disk.
+    "garbage": """
+        SELECT t.table_name, t.data_free, t.data_length + t.index_length + t.data_free
+        FROM information_schema.tables AS t
+        WHERE t.table_schema = DATABASE()
+            AND t.table_name IN (
+                'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger'
+            )
+        ORDER BY t.table_name
+    """,
+    "indexes": """
+        SELECT
+            IF(u.index_name = 'PRIMARY', CONCAT(u.object_name, '.PRIMARY'), u.index_name),
+            s.stat_value * @@GLOBAL.innodb_page_size, u.count_star
+        FROM performance_schema.table_io_waits_summary_by_index_usage AS u
+        JOIN mysql.innodb_index_stats AS s
+            ON s.database_name = u.object_schema
+            AND s.table_name = u.object_name
+            AND s.index_name = u.index_name
+            AND s.stat_name = 'size'
+        WHERE u.object_schema = DATABASE()
+            AND u.object_name IN (
+                'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger'
+            )
+        ORDER BY 1
+    """,
+}
+
+REFRESH_STATISTICS = "ANALYZE TABLE {table}"
+
+# Rebuilds the table, while writers go on; it needs as much disk again.
+COMPACT = "OPTIMIZE TABLE {table}"
+
 # --- Accounts -------------------------------------------------------------------------------------
 
 # Names of databases and accounts cannot be parameters: they are put in quoted. Passwords the server
@@ -1706,6 +1765,36 @@ class MySQLStore(BaseStore):
             yield MySQLAdministrator(connection, names, self._place, opened)
         except (MySQLError, MySQLInterfaceError) as error:
             raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+        finally:
+            _close_quietly(connection)
+
+    # --- Maintenance ------------------------------------------------------------------------------
+
+    def _survey(self) -> dict[str, doctor.Rows | None]:
+        answers: dict[str, doctor.Rows | None] = {}
+        for name, query in SURVEY.items():
+            # A connection each: one on which the server has refused a row takes no more queries.
+            connection = self._connect()
+            try:
+                answers[name] = _answer(connection, query)
+            finally:
+                _close_quietly(connection)
+        return answers
+
+    def _refresh_statistics(self, table: str) -> None:
+        self._tend(REFRESH_STATISTICS, table)
+
+    def _compact(self, table: str) -> None:
+        self._tend(COMPACT, table)
+
+    def _tend(self, statement: str, table: str) -> None:
+        connection = self._connect(patient=True)
+        try:
+            connection.cmd_query(ALLOW_LONG_STATEMENTS)
+            # What goes wrong comes as rows, among others that only tell how it is done.
+            for row in _unprepared(connection, statement.format(table=_identifier(table))):
+                if row[2].lower() == "error":
+                    raise StoreRefused(f"{self._place}: table {table}: {row[3]}")
         finally:
             _close_quietly(connection)
 

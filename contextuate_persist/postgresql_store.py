@@ -1155,6 +1155,76 @@ ANALYZE = "ANALYZE {namespace}.{table}"
 
 CREATE_SCRATCH = "CREATE DATABASE {database} TEMPLATE template0 ENCODING 'UTF8'"
 
+# --- Maintenance ----------------------------------------------------------------------------------
+
+# By name; each may be refused to an account, which is then said and no fault.
+SURVEY = {
+    "connections": """
+        SELECT
+            (SELECT count(*) FROM pg_stat_activity AS a WHERE a.backend_type = 'client backend'),
+            current_setting('max_connections')::integer
+    """,
+    # Of other accounts only administrators see them.
+    "transactions": """
+        SELECT a.pid::text, extract(epoch FROM now() - a.xact_start)::bigint
+        FROM pg_stat_activity AS a
+        WHERE a.datname = current_database() AND a.xact_start < now() - interval '5 minutes'
+        ORDER BY a.xact_start
+    """,
+    "sizes": """
+        SELECT c.relname, c.reltuples::bigint, pg_table_size(c.oid), pg_indexes_size(c.oid)
+        FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        WHERE n.nspname = current_schema()
+            AND c.relkind = 'r'
+            AND (
+                c.relname IN ('sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger')
+                OR c.oid IN (
+                    SELECT i.inhrelid
+                    FROM pg_inherits AS i
+                    WHERE i.inhparent = to_regclass('events')
+                )
+            )
+        ORDER BY c.relname
+    """,
+    # What VACUUM would make free for rows to come.
+    "garbage": """
+        SELECT
+            s.relname,
+            s.n_dead_tup * pg_relation_size(s.relid) / GREATEST(s.n_dead_tup + s.n_live_tup, 1),
+            pg_relation_size(s.relid)
+        FROM pg_stat_user_tables AS s
+        WHERE s.schemaname = current_schema()
+            AND (
+                s.relname IN ('sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger')
+                OR s.relid IN (
+                    SELECT i.inhrelid
+                    FROM pg_inherits AS i
+                    WHERE i.inhparent = to_regclass('events')
+                )
+            )
+        ORDER BY s.relname
+    """,
+    "indexes": """
+        SELECT s.indexrelname, pg_relation_size(s.indexrelid), s.idx_scan
+        FROM pg_stat_user_indexes AS s
+        WHERE s.schemaname = current_schema()
+            AND s.relname IN ('sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger')
+        ORDER BY s.indexrelname
+    """,
+}
+
+# Others than the owner are told so by a warning only, and nothing is done.
+SELECT_OWNS = """
+SELECT pg_has_role(c.relowner, 'USAGE')
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE n.nspname = current_schema() AND c.relname = %(table)s
+"""
+
+REFRESH_STATISTICS = "ANALYZE {table}"
+
+# What is free goes to rows to come: nobody waits for it, as for VACUUM FULL.
+COMPACT = "VACUUM (ANALYZE) {table}"
+
 # --- Accounts -------------------------------------------------------------------------------------
 
 # Names of databases and roles cannot be parameters: they are put in as quoted identifiers, and
@@ -1914,6 +1984,26 @@ class PostgreSQLStore(BaseStore):
                 yield PostgreSQLAdministrator(connection, names, self._place, opened)
             except psycopg.Error as error:
                 raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+
+    # --- Maintenance ------------------------------------------------------------------------------
+
+    def _survey(self) -> dict[str, doctor.Rows | None]:
+        with self._connect() as connection:
+            return {name: _answer(connection, query) for name, query in SURVEY.items()}
+
+    def _refresh_statistics(self, table: str) -> None:
+        self._tend(REFRESH_STATISTICS, table)
+
+    def _compact(self, table: str) -> None:
+        self._tend(COMPACT, table)
+
+    def _tend(self, statement: LiteralString, table: str) -> None:
+        with self._connect() as connection:
+            if connection.execute(SELECT_OWNS, {"table": table}).fetchall() != [(True,)]:
+                raise StoreRefused(f"{self._place}: table {table} is not this account's")
+            connection.execute(ALLOW_LONG_STATEMENTS)
+            connection.patience = float("inf")
+            connection.execute(sql.SQL(statement).format(table=sql.Identifier(table)))
 
     # --- Backup -----------------------------------------------------------------------------------
 

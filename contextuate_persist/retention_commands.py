@@ -1,14 +1,16 @@
-"""The commands for years of running: `prune` and `archive`."""
+"""The commands for years of running: `prune`, `archive` and `maintain`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 
 from contextuate_persist import archive as archives
 from contextuate_persist import display, encryption, retention
 from contextuate_persist.base import BaseStore
-from contextuate_persist.console import ProgressBar, show, show_json
+from contextuate_persist.config import ENVIRONMENT_ADMINISTRATOR
+from contextuate_persist.console import ProgressBar, show, show_findings, show_json
 from contextuate_persist.retention import PruneReport, RetentionPolicy
 
 OpenStore = Callable[[argparse.Namespace], BaseStore]
@@ -54,6 +56,23 @@ def archive(args: argparse.Namespace, open_given: OpenStore) -> int:
             bar.clear()
     _show(args, report, "archived and deleted", [str(path) for path in report.files])
     return 0
+
+
+def maintain(args: argparse.Namespace, open_given: OpenStore) -> int:
+    """Do what is to be done each day, week, month or quarter."""
+    from contextuate_persist import maintenance  # noqa: PLC0415  (with all that backups need)
+
+    tasks = maintenance.Tasks(
+        backups=args.backups,
+        identity=args.identity,
+        administrator=os.environ.get(ENVIRONMENT_ADMINISTRATOR),
+        archives=args.archive_to,
+        recipients=encryption.recipients(args.recipient) if args.recipient else (),
+        policy=policy_of(args),
+        benchmarks=args.benchmarks,
+    )
+    with open_given(args) as store:
+        return show_findings(maintenance.maintain(store, args.period, tasks), json=args.json)
 
 
 def _show(

@@ -1,0 +1,309 @@
+"""Maintenance: what is to be done daily, weekly, monthly and quarterly, and what was found then.
+
+Each item does what it can itself, and otherwise says in one line what a person has to do. Findings
+are those of `doctor`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contextuate_persist import doctor, retention
+from contextuate_persist.archive import archive
+from contextuate_persist.backup import restore_test, verify_backup
+from contextuate_persist.doctor import Finding, Level
+from contextuate_persist.errors import PersistenceError, StoreRefused
+from contextuate_persist.retention import RetentionPolicy
+
+if TYPE_CHECKING:
+    from contextuate_persist.base import BaseStore
+
+CONNECTIONS_WARNING = 0.8  # of those that the server allows
+CONNECTIONS_PROBLEM = 0.95
+# A table is compacted where that frees so much of it.
+GARBAGE_PART = 0.1
+GARBAGE_BYTES = 16 * doctor.MiB
+BACKUP_DAYS = 2.0
+WORSE = 1.25  # a figure of the benchmark, by this factor
+
+_OWNER = "run it with the URL of the database's owner"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tasks:
+    """What the items need that no server tells; those that lack it say so."""
+
+    backups: Path | None = None
+    """The directory with backups, of which the newest is looked at."""
+    identity: Path | None = None
+    """The secret key of age that opens them."""
+    administrator: str | None = None
+    """The URL of an administrator, who can make a database to restore a backup into."""
+    archives: Path | None = None
+    """The directory to archive to what the policy gives up; without it nothing is deleted."""
+    recipients: Sequence[Any] = ()
+    """Whose keys open what is archived."""
+    policy: RetentionPolicy = field(default_factory=RetentionPolicy)
+    benchmarks: Path | None = None
+    """The directory with figures that `bench --output` has written, of which two are compared."""
+
+
+Item = Callable[["BaseStore", Tasks], Iterator[Finding]]
+
+
+def maintain(store: BaseStore, period: str, tasks: Tasks | None = None) -> list[Finding]:
+    """Do what a period asks for, one of PERIODS, with an open store; what was found and done.
+
+    Nothing is raised that is the server's, the disk's or the tasks' fault: it is a finding, and the
+    other items go on. Raises KeyError for another period.
+    """
+    given = tasks or Tasks()
+    return [found for name, item in PERIODS[period] for found in _found(name, item, store, given)]
+
+
+def _found(name: str, item: Item, store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    try:
+        yield from item(store, tasks)
+    except StoreRefused as error:
+        yield Finding(name, Level.WARNING, f"not done: {error}", _OWNER)
+    except (PersistenceError, OSError) as error:
+        yield Finding(name, Level.PROBLEM, str(error))
+
+
+def _ok(name: str, message: str) -> Iterator[Finding]:
+    yield Finding(name, Level.OK, message)
+
+
+def _warn(name: str, message: str, advice: str) -> Iterator[Finding]:
+    yield Finding(name, Level.WARNING, message, advice)
+
+
+def _checked(*names: str) -> Item:
+    """What `check` finds under these names."""
+
+    def item(store: BaseStore, _: Tasks) -> Iterator[Finding]:
+        return (found for found in store.check() if found.check in (*names, "connection"))
+
+    return item
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+# --- Daily ----------------------------------------------------------------------------------------
+
+
+def _connections(store: BaseStore, _: Tasks) -> Iterator[Finding]:
+    answers = store.survey()
+    if not (rows := answers["connections"]):
+        yield from _ok("connections", "not told to this account: how many there are")
+    else:
+        used, allowed = int(rows[0][0]), int(rows[0][1])
+        message = f"{used:,} of the {allowed:,} that the server allows"
+        part = used / max(1, allowed)
+        if part < CONNECTIONS_WARNING:
+            yield from _ok("connections", message)
+        else:
+            level = Level.WARNING if part < CONNECTIONS_PROBLEM else Level.PROBLEM
+            advice = "find who keeps them, lower pool_size there, or raise max_connections"
+            yield Finding("connections", level, message, advice)
+    if (open_ones := answers["transactions"]) is None:
+        yield from _ok("transactions", "not told to this account: how long others take")
+    elif not open_ones:
+        yield from _ok("transactions", "none that is open for five minutes")
+    else:
+        who = ", ".join(f"{one[0]} ({int(one[1]):,} s)" for one in open_ones[:4])
+        advice = "find out what they wait for: they hold locks, and keep what is deleted"
+        yield from _warn("transactions", f"open for long: {who}", advice)
+
+
+def _newest_backup(tasks: Tasks) -> Path | None:
+    if tasks.backups is None:
+        return None
+    found = [path for path in tasks.backups.glob("*.backup*") if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _backup(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    path = _newest_backup(tasks)
+    if tasks.backups is None:
+        return _warn("backup", "none is looked at", "name where they are with --backups DIRECTORY")
+    if path is None:
+        advice = "make one: `contextuate-persist backup`"
+        return iter([Finding("backup", Level.PROBLEM, f"{tasks.backups} has none", advice)])
+    verify_backup(path, identity=tasks.identity)
+    age = (time.time() - path.stat().st_mtime) / 86_400
+    message = f"{path.name} is whole, and {age:.1f} days old"
+    if age > BACKUP_DAYS:
+        return _warn("backup", message, "see why there is no newer one")
+    return _ok("backup", message)
+
+
+# --- Weekly ---------------------------------------------------------------------------------------
+
+
+def _statistics(store: BaseStore, _: Tasks) -> Iterator[Finding]:
+    done = []
+    for name, *_rest in store.survey()["sizes"] or ():
+        store.refresh_statistics(str(name))
+        done.append(str(name))
+    return _ok("statistics", f"counted anew: {', '.join(done)}")
+
+
+def _sizes(store: BaseStore, _: Tasks) -> Iterator[Finding]:
+    for name, rows, table, indexes in store.survey()["sizes"] or ():
+        count = max(0, int(rows or 0))
+        message = f"{name}: about {count:,} rows, {_size(table)} and {_size(indexes)} of indexes"
+        yield from _ok("sizes", message)
+
+
+# --- Monthly --------------------------------------------------------------------------------------
+
+
+def _compaction(store: BaseStore, _: Tasks) -> Iterator[Finding]:
+    rows = store.survey()["garbage"]
+    if rows is None:
+        return _ok("room", "not told to this account: what deleted rows have left")
+    worth = [
+        str(name)
+        for name, garbage, whole in rows
+        if int(garbage or 0) >= max(GARBAGE_BYTES, GARBAGE_PART * int(whole or 0))
+    ]
+    for name in worth:
+        store.compact(name)
+    if worth:
+        return _ok("room", f"made free what deleted rows had: {', '.join(worth)}")
+    return _ok("room", "deleted rows hold too little to make it free")
+
+
+def _archive(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    if tasks.archives is not None:
+        report = archive(store, tasks.archives, tasks.policy, recipients=tasks.recipients)
+        message = f"{report.sessions:,} sessions with {report.events:,} events archived"
+        if report.spared:
+            message += f", {report.spared:,} changed meanwhile and are left for the next time"
+        return _ok("archive", f"{message}; {report.kept:,} are kept")
+    due = retention.plan(store, tasks.policy)
+    if not due.sessions:
+        return _ok("archive", "nothing is due")
+    advice = "archive them with --archive-to DIRECTORY, or delete them with `prune`"
+    return _warn("archive", f"{due.sessions:,} sessions are due", advice)
+
+
+def _partitions(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    add: Callable[[], list[str]] | None = getattr(store, "add_partitions", None)
+    if add is None or store.health().schema_layout != "partitioned":
+        return _ok("partitions", "events is one table: nothing to do")
+    added = add()
+    dropped = 0
+    if tasks.archives is not None:  # whatever is due is archived, and deleted, by now
+        dropped = retention.drop_partitions(store, tasks.policy)
+    words = f"made {', '.join(added)}" if added else "those to come are there"
+    return _ok("partitions", words + (f"; {dropped:,} sessions dropped" if dropped else ""))
+
+
+# --- Quarterly ------------------------------------------------------------------------------------
+
+
+def _restore(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    path = _newest_backup(tasks)
+    if path is None or tasks.administrator is None:
+        name = path or "FILE"
+        advice = f"run `contextuate-persist restore --test {name}` with an administrator's URL"
+        return _warn("restore", "no backup was restored to try it", advice)
+    restore_test(path, tasks.administrator, identity=tasks.identity)
+    return _ok("restore", f"{path.name} was restored into a database of its own, and is right")
+
+
+def _benchmark(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    advice = "run `contextuate-persist bench --output FILE` there, and compare"
+    if tasks.benchmarks is None:
+        return _warn("benchmark", "no figures are compared", advice + " (--benchmarks DIRECTORY)")
+    files = sorted(tasks.benchmarks.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if len(files) < 2:
+        message = f"{tasks.benchmarks} has {len(files)} of the two files that can be compared"
+        return _warn("benchmark", message, advice)
+    before, after = map(_figures, files[-2:])
+    worse = [
+        f"{name} {before[name]:,.3g} -> {after[name]:,.3g}"
+        for name in sorted(before.keys() & after.keys())
+        if _is_worse(name, before[name], after[name])
+    ]
+    message = f"{files[-2].name} and {files[-1].name}"
+    if worse:
+        more = f" and {len(worse) - 4} more" if len(worse) > 4 else ""
+        message = f"{message}: worse are {', '.join(worse[:4])}{more}"
+        return _warn("benchmark", message, "see what has changed on the server since")
+    return _ok("benchmark", f"{message}: no figure is worse by a quarter")
+
+
+def _figures(path: Path) -> dict[str, float]:
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+        return {
+            f"{one['backend']}: {one['name']} ({one['unit']})": float(one["value"])
+            for one in figures
+        }
+    except (ValueError, LookupError, TypeError) as error:
+        raise OSError(f"{path}: not written by `bench --output`: {error}") from None
+
+
+def _is_worse(name: str, before: float, after: float) -> bool:
+    """By the unit: rates fall, times and bytes rise. Ratios are in the figures they come from."""
+    if name.endswith("(1/s)"):
+        return after * WORSE < before
+    return name.endswith(("(ms)", "(us)", "(s)", "(B)")) and after > before * WORSE
+
+
+def _indexes(store: BaseStore, _: Tasks) -> Iterator[Finding]:
+    rows = store.survey()["indexes"]
+    if rows is None:
+        yield from _ok("indexes", "not told to this account: how often each is used")
+        return
+    unused = [str(name) for name, _, scans in rows if not scans]
+    whole = sum(int(size or 0) for _, size, _ in rows)
+    message = f"{len(rows)} of {_size(whole)}"
+    if unused:
+        message += f"; not used since the server counts: {', '.join(unused)}"
+    yield from _ok("indexes", message)
+
+
+def _migrations(store: BaseStore, _: Tasks) -> Iterator[Finding]:
+    pending = store.upgrade_schema(dry_run=True)
+    if not pending:
+        return _ok("migrations", f"none: schema version {store.health().schema_version} is current")
+    names = ", ".join(f"{one.version:04} {one.name}" for one in pending)
+    return _warn("migrations", f"to apply: {names}", "`contextuate-persist upgrade`, as the owner")
+
+
+#: What each period asks for, in this order.
+PERIODS: dict[str, tuple[tuple[str, Item], ...]] = {
+    "daily": (
+        ("connections", _connections),
+        ("check", _checked("statements", "prepared", "space")),
+        ("backup", _backup),
+    ),
+    "weekly": (
+        ("statistics", _statistics),
+        ("sizes", _sizes),
+        ("check", _checked("indexes")),
+    ),
+    "monthly": (
+        ("archive", _archive),
+        ("partitions", _partitions),
+        ("room", _compaction),
+    ),
+    "quarterly": (
+        ("restore", _restore),
+        ("benchmark", _benchmark),
+        ("indexes", _indexes),
+        ("check", _checked("indexes", "drift", "version", "driver")),
+        ("migrations", _migrations),
+    ),
+}

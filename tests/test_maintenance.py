@@ -1,0 +1,381 @@
+"""Maintenance: each period does what it can, with either account, and says what is left to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contextuate_persist import StoreUnavailable, backup, maintenance
+from contextuate_persist.arguments import make_parser
+from contextuate_persist.base import BaseStore
+from contextuate_persist.cli import main
+from contextuate_persist.config import ENVIRONMENT_ADMINISTRATOR, ENVIRONMENT_URL
+from contextuate_persist.doctor import Finding, Level
+from contextuate_persist.maintenance import PERIODS, Tasks, maintain
+from tests import servers
+from tests.builders import T0, event, session
+from tests.conftest import Database, make_store
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+OLD = {"end_time": T0, "status": "completed"}
+
+
+def by_check(findings: list[Finding]) -> dict[str, list[Finding]]:
+    found: dict[str, list[Finding]] = {}
+    for one in findings:
+        found.setdefault(one.check, []).append(one)
+    return found
+
+
+@pytest.fixture(params=["owner", "application"])
+def account(request: pytest.FixtureRequest, database: Database) -> Any:
+    """A store of either account."""
+    owner = request.param == "owner"
+    with make_store(database.owner_url if owner else database.url) as opened:
+        yield opened
+
+
+def is_owner(store: BaseStore, database: Database) -> bool:
+    place = getattr(store, "_conninfo", None) or getattr(store, "_url", "")
+    return database.user not in place
+
+
+def fill(store: BaseStore) -> None:
+    store.save_session(session("old", **OLD))
+    store.save_session(session("pinned", is_pinned=True, **OLD))
+    store.save_events(event("old", T0 + i) for i in range(20))
+
+
+# --- Every word -----------------------------------------------------------------------------------
+
+
+def test_daily_looks_at_connections_statements_and_the_backup(account: BaseStore) -> None:
+    found = by_check(maintain(account, "daily"))
+    assert found.keys() >= {
+        "connections", "transactions", "connection", "statements", "prepared", "space", "backup",
+    }  # fmt: skip
+    (connections,) = found["connections"]
+    assert connections.level is Level.OK
+    assert re.fullmatch(r"\d+ of the \d+ that the server allows", connections.message)
+    (backup,) = found["backup"]
+    assert backup.level is Level.WARNING
+    assert backup.advice
+
+
+def test_weekly_counts_anew_and_tells_sizes(account: BaseStore, database: Database) -> None:
+    fill(account)
+    found = by_check(maintain(account, "weekly"))
+    (statistics,) = found["statistics"]
+    if account.backend == "mysql" or is_owner(account, database):
+        assert statistics.level is Level.OK
+        assert {"events", "sessions", "token_ledger"} <= {
+            word.strip(",") for word in statistics.message.split()
+        }
+    else:  # PostgreSQL lets only the owner
+        assert statistics.level is Level.WARNING
+        assert "not this account's" in statistics.message
+        assert "the URL of the database's owner" in statistics.advice
+    sizes = [one.message for one in found["sizes"]]
+    assert len(sizes) == len(database.execute(TABLES[account.backend]))
+    if statistics.level is Level.OK:
+        told = r"events: about 20 rows, [\d.]+ MB and [\d.]+ MB of indexes"
+        sizes = [one.message for one in by_check(maintain(account, "weekly"))["sizes"]]
+        assert any(re.fullmatch(told, message) for message in sizes)
+    assert "indexes" in found
+
+
+TABLES = {
+    "postgresql": "SELECT 1 FROM pg_tables WHERE schemaname = 'public' "
+    "AND tablename <> 'schema_version'",
+    "mysql": "SELECT 1 FROM information_schema.tables WHERE table_schema = DATABASE() "
+    "AND table_type = 'BASE TABLE' AND table_name <> 'schema_version'",
+}
+
+
+def test_monthly_archives_only_where_it_is_told_to(account: BaseStore, tmp_path: Path) -> None:
+    fill(account)
+    (found,) = by_check(maintain(account, "monthly"))["archive"]
+    assert (found.level, found.message) == (Level.WARNING, "1 sessions are due")
+    assert account.get_session("old") is not None
+    tasks = Tasks(archives=tmp_path / "archive")
+    (found,) = by_check(maintain(account, "monthly", tasks))["archive"]
+    assert found.level is Level.OK
+    assert found.message == "1 sessions with 20 events archived; 1 are kept"
+    assert account.get_session("old") is None
+    assert len([*(tmp_path / "archive").glob("*.jsonl.gz")]) == 1
+    (found,) = by_check(maintain(account, "monthly"))["archive"]
+    assert (found.level, found.message) == (Level.OK, "nothing is due")
+    (found,) = by_check(maintain(account, "monthly"))["partitions"]
+    assert found.level is Level.OK
+
+
+def test_monthly_makes_room_where_that_is_worth_it(
+    account: BaseStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = by_check(maintain(account, "monthly"))["room"]
+    assert (found.level, "too little" in found.message) == (Level.OK, True)
+    monkeypatch.setattr(maintenance, "GARBAGE_BYTES", 0)
+    monkeypatch.setattr(maintenance, "GARBAGE_PART", 0)
+    (found,) = by_check(maintain(account, "monthly"))["room"]
+    if account.backend == "mysql" or is_owner(account, database):
+        assert found.level is Level.OK
+        assert found.message.startswith("made free what deleted rows had: ")
+        assert "events" in found.message
+    else:
+        assert found.level is Level.WARNING
+        assert "the URL of the database's owner" in found.advice
+
+
+def test_quarterly_reviews_and_plans(account: BaseStore, tmp_path: Path) -> None:
+    found = by_check(maintain(account, "quarterly"))
+    assert found.keys() >= {"restore", "benchmark", "indexes", "version", "driver", "migrations"}
+    (migrations,) = found["migrations"]
+    assert (migrations.level, migrations.message[:5]) == (Level.OK, "none:")
+    (restore,) = found["restore"]
+    assert "contextuate-persist restore --test" in restore.advice
+    (benchmark,) = found["benchmark"]
+    assert "bench --output FILE" in benchmark.advice
+
+
+def test_an_item_that_fails_does_not_stop_the_others(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail() -> Any:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(store, "survey", fail)
+    (tmp_path / "file").write_text("")
+    tasks = Tasks(archives=tmp_path / "file" / "archive")
+    found = {one.check: one for one in maintain(store, "monthly", tasks)}
+    assert found["room"] == Finding("room", Level.PROBLEM, "away")
+    assert found["archive"].level is Level.PROBLEM
+    assert found["partitions"].level is Level.OK
+
+
+ANSWERS: dict[str, Any] = {
+    "connections": [(10, 100)],
+    "transactions": [],
+    "sizes": [],
+    "garbage": [],
+    "indexes": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("period", "answers", "check", "level", "words"),
+    [
+        ("daily", {"connections": [(80, 100)]}, "connections", Level.WARNING, "lower pool_size"),
+        ("daily", {"connections": [(99, 100)]}, "connections", Level.PROBLEM, "99 of the 100"),
+        ("daily", {"connections": None}, "connections", Level.OK, "not told to this account"),
+        ("daily", {"transactions": None}, "transactions", Level.OK, "not told to this account"),
+        ("daily", {"transactions": [("7", 4000)]}, "transactions", Level.WARNING, "7 (4,000 s)"),
+        ("weekly", {"sizes": [("events", -1, 2e9, 5e6)]}, "sizes", Level.OK,
+         "events: about 0 rows, 2.0 GB and 5.0 MB of indexes"),
+        ("monthly", {"garbage": None}, "room", Level.OK, "not told to this account"),
+        ("monthly", {"garbage": [("events", 10**7, 10**9)]}, "room", Level.OK, "too little"),
+        ("monthly", {"garbage": [("events", 10**8, 10**9)]}, "room", Level.OK, "had: events"),
+        ("quarterly", {"indexes": None}, "indexes", Level.OK, "not told to this account"),
+        ("quarterly", {"indexes": [("a", 10**6, 5), ("b", 10**6, 0)]}, "indexes", Level.OK,
+         "2 of 2.0 MB; not used since the server counts: b"),
+    ],
+)  # fmt: skip
+def test_what_the_server_answers_is_judged(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch, period: str, answers: dict[str, Any],
+    check: str, level: Level, words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(store, "survey", lambda: {**ANSWERS, **answers})
+    monkeypatch.setattr(store, "compact", lambda table: None)
+    monkeypatch.setattr(store, "refresh_statistics", lambda table: None)
+    found = by_check(maintain(store, period))[check][0]
+    assert (found.level, words in str(found)) == (level, True), found
+
+
+def test_both_servers_answer_the_owner_about_everything(database: Database) -> None:
+    with make_store(database.owner_url) as store:
+        answers = store.survey()
+    assert answers.keys() == ANSWERS.keys()
+    assert None not in answers.values()
+    assert {row[0] for row in answers["sizes"] or ()} >= {"sessions", "events", "token_ledger"}
+    assert any("idx_" in str(row[0]) for row in answers["indexes"] or ())
+
+
+# --- Backups and benchmarks -----------------------------------------------------------------------
+
+
+def test_the_newest_backup_is_verified_and_restored(
+    store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store.backend == "mysql":  # its client programs, as on a machine that has them installed
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        next(iter(servers.find_mysql())).write_tools(tools)
+        monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    fill(store)
+    empty = Tasks(backups=tmp_path)
+    (found,) = by_check(maintain(store, "daily", empty))["backup"]
+    assert found.level is Level.PROBLEM
+    made = Path(backup.backup(store, tmp_path).path)
+    (found,) = by_check(maintain(store, "daily", empty))["backup"]
+    assert (found.level, found.message) == (Level.OK, f"{made.name} is whole, and 0.0 days old")
+    tasks = Tasks(backups=tmp_path, administrator=database.server.admin_url)
+    (found,) = by_check(maintain(store, "quarterly", tasks))["restore"]
+    assert found.level is Level.OK, found
+    os.utime(made, (1, 1))
+    (found,) = by_check(maintain(store, "daily", empty))["backup"]
+    assert found.level is Level.WARNING
+    made.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
+    (found,) = by_check(maintain(store, "daily", empty))["backup"]
+    assert found.level is Level.PROBLEM
+
+
+def figures(path: Path, moment: int, **values: float) -> None:
+    units = {"rate": "1/s", "time": "ms", "bytes": "B", "ratio": "x"}
+    content = [
+        {"backend": "mysql", "name": name, "unit": units[name], "value": value}
+        for name, value in values.items()
+    ]
+    path.write_text(json.dumps({"figures": content}))
+    os.utime(path, (moment, moment))
+
+
+def test_figures_of_two_benchmarks_are_compared(store: BaseStore, tmp_path: Path) -> None:
+    def benchmark() -> Finding:
+        (found,) = by_check(maintain(store, "quarterly", Tasks(benchmarks=tmp_path)))["benchmark"]
+        return found
+
+    assert "has 0 of the two files" in benchmark().message
+    figures(tmp_path / "b.json", 1000, rate=100, time=10, bytes=50, ratio=1)
+    figures(tmp_path / "a.json", 2000, rate=90, time=12, bytes=50, ratio=5)
+    assert benchmark().level is Level.OK
+    figures(tmp_path / "c.json", 3000, rate=50, time=5, bytes=70, ratio=1)
+    found = benchmark()
+    assert found.level is Level.WARNING
+    assert "a.json and c.json: worse are mysql: bytes (B) 50 -> 70, mysql: rate (1/s) 90 -> 50" in (
+        found.message
+    )
+    (tmp_path / "c.json").write_text("[]")
+    os.utime(tmp_path / "c.json", (3000, 3000))
+    assert benchmark().level is Level.PROBLEM
+    assert "not written by `bench --output`" in benchmark().message
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(
+    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.setenv(ENVIRONMENT_URL, database.url)
+    monkeypatch.delenv(ENVIRONMENT_ADMINISTRATOR, raising=False)
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([*map(str, arguments)])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_command
+
+
+@pytest.mark.parametrize("period", PERIODS)
+def test_the_command_tells_what_it_found_and_did(
+    run: Callable[..., tuple[int, str, str]], store: BaseStore, tmp_path: Path, period: str
+) -> None:
+    store.save_session(session("old\u202e", **OLD))
+    status, out, err = run("maintain", period, "--archive-to", tmp_path / "a\x1b")
+    assert status in (0, 1, 3)
+    assert err == ""
+    assert "\x1b" not in out
+    words = {line.split()[0] for line in out.splitlines()}
+    assert words <= {"ok", "warning", "problem"}
+    assert status == (1 if "problem" in words else 3 if "warning" in words else 0)
+    status, out, _ = run("maintain", period, "--json")
+    findings = [json.loads(line) for line in out.splitlines()]
+    assert all(one.keys() == {"check", "level", "message", "advice"} for one in findings)
+
+
+def test_the_command_wants_a_period(run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run("maintain")[0] == 2
+    assert run("maintain", "hourly")[0] == 2
+
+
+# --- Examples -------------------------------------------------------------------------------------
+
+
+def unit(name: str) -> dict[str, list[str]]:
+    """The settings of a unit file, by section and name."""
+    settings: dict[str, list[str]] = {}
+    section = ""
+    for line in (EXAMPLES / name).read_text().splitlines():
+        if line.startswith("["):
+            section = line
+        elif line and not line.startswith("#"):
+            key, equals, value = line.partition("=")
+            assert section
+            assert equals
+            settings.setdefault(f"{section}{key}", []).append(value)
+    return settings
+
+
+def accepts(command: str) -> None:
+    """The options of a command line are those that the program has."""
+    words = [
+        word.replace("%i", "daily").replace("%h", "/home/dev") for word in shlex.split(command)
+    ]
+    args = make_parser().parse_args(words[words.index("contextuate-persist") + 1 :])
+    assert args.command == "maintain"
+
+
+def test_the_units_say_what_the_command_understands() -> None:
+    service, timer = unit("contextuate-maintain@.service"), unit("contextuate-maintain@.timer")
+    (command,) = service["[Service]ExecStart"]
+    accepts(command)
+    assert timer["[Timer]OnCalendar"] == ["%i"]
+    assert timer["[Timer]Persistent"] == ["true"]
+    assert timer["[Install]WantedBy"] == ["timers.target"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    for period in PERIODS:
+        command = ["systemd-analyze", "calendar", period]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
+    names = []
+    for kind in ("service", "timer"):
+        text = (EXAMPLES / f"contextuate-maintain@.{kind}").read_text()
+        (tmp_path / f"contextuate-maintain@.{kind}").write_text(text)
+        names.append(str(tmp_path / f"contextuate-maintain@weekly.{kind}"))
+        Path(names[-1]).write_text(text)
+    for name in [*names, str(EXAMPLES / "contextuate-monitor.service")]:
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", name],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        complaints = [line for line in done.stderr.splitlines() if "contextuate-m" in line]
+        assert complaints == [], done.stderr
+
+
+def test_the_lines_for_cron_say_what_the_command_understands() -> None:
+    lines = (EXAMPLES / "contextuate-maintain.cron").read_text().splitlines()
+    periods = []
+    for line in lines:
+        if line.startswith("#"):
+            continue
+        *moment, command = line.split(None, 5)
+        assert all(re.fullmatch(r"\*|\d+(,\d+)*", word) for word in moment)
+        accepts(command)
+        periods.append(re.search(r"maintain (\w+)", command)[1])  # type: ignore[index]
+    assert periods == [*PERIODS]
