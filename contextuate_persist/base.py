@@ -16,7 +16,16 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 
-from contextuate_persist import doctor, model, payload, records, retention, schema, trees
+from contextuate_persist import (
+    doctor,
+    model,
+    partitions,
+    payload,
+    records,
+    retention,
+    schema,
+    trees,
+)
 from contextuate_persist.doctor import Finding, Level, Seen
 from contextuate_persist.errors import (
     ConfigurationError,
@@ -48,6 +57,7 @@ if TYPE_CHECKING:
 
     from contextuate_persist.accounts import Administrator, Names
     from contextuate_persist.dumps import Dumper, Snapshot
+    from contextuate_persist.partitions import Conversion, Dropped, Partition, PartitionSession
     from contextuate_persist.protocol import SessionFields
     from contextuate_persist.schema import Migration, SchemaSession
 
@@ -77,6 +87,7 @@ class Fault(Enum):
     CONFLICT = "deadlock or serialization failure: try the transaction again"
     LOST = "the connection is gone: try again on another"
     STALE = "the connection holds an outdated plan: try again on another"
+    LAYOUT = "the table of events was partitioned meanwhile: try again in the other way"
     TIMEOUT = "the server took too long"
     BUSY = "a wait for others is over: for a lock, for a free connection"
     DATA = "a value that the server does not take"
@@ -193,6 +204,7 @@ class BaseStore(ABC):
         self._opened = False
         self._repeating = False  # the events that came last were stored already, some of them
         self._late = False  # some of them were older than the deletion of their session
+        self._partitioned = False  # whether the table of events is, which may change at any moment
         self._valve: retention.Valve | None = None
         if storage_limit is not None:
             self._valve = retention.Valve(self, storage_limit, on_full, retention_policy)
@@ -811,6 +823,7 @@ class BaseStore(ABC):
     ) -> Forgotten:
         subject = Subject.of(session_id, machine_id, working_directory)
         self._check_open()
+        self._run(self._has_old_table)  # refused while events is copied
         counts: Counter[str] = Counter()
         paths: dict[str, str | None] = {}  # of the transcripts, by session
         for _ in range(_CONFLICT_ATTEMPTS):
@@ -1097,6 +1110,64 @@ class BaseStore(ABC):
         with self._schema_session(timeout) as session:
             return schema.pending(session) if dry_run else schema.upgrade(session)
 
+    # --- Partitions: the owner's account, by explicit command -------------------------------------
+
+    def partition_events(
+        self,
+        by: partitions.Unit | None = None,
+        *,
+        ahead: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        timeout: float = 60.0,
+    ) -> Conversion:
+        """Make events a table with a partition for each month, week or day, while writers go on.
+
+        Stores that are open notice by themselves. Needs the owner's account; the store need not be
+        open. A run that was killed goes on where it was. The old table stays aside, as
+        events_unpartitioned. If events is partitioned already, only the partitions are added that
+        are missing up to `ahead` coming ones (`partitions.AHEAD`). `progress` is called with the
+        seq that was reached and the one to reach. Raises ConfigurationError for another unit than
+        the present one, StoreRefused for an account that is not the owner's.
+        """
+        if by not in (None, *partitions.AHEAD):
+            raise ConfigurationError(f"by: month, week or day is needed, not {model.shown(by)}")
+        with self._partition_session(timeout) as session:
+            return partitions.convert(session, by, _ahead(ahead), progress)
+
+    def partitions(self, timeout: float = 60.0) -> list[Partition]:
+        """The partitions of events by time, the rest last; none if events is one table."""
+        with self._partition_session(timeout) as session:
+            return session.read_partitions() if session.is_partitioned() else []
+
+    def add_partitions(self, ahead: int | None = None, *, timeout: float = 60.0) -> list[str]:
+        """Add what is missing up to so many partitions after the present one; their names.
+
+        Raises ConfigurationError if events is not partitioned.
+        """
+        with self._partition_session(timeout) as session:
+            return partitions.extend(session, _ahead(ahead))
+
+    def drop_partitions(self, older_than: int, *, timeout: float = 60.0) -> Dropped:
+        """Drop every partition that ends before, if all of its sessions are due.
+
+        What is due says `prune_old_sessions(older_than)`, which is for the sessions that are left:
+        pinned ones, and those that reach beyond, keep their partition. Sessions are deleted whole,
+        with the events they have elsewhere; if one gets a pin or an event meanwhile, it keeps its
+        events. Writers wait only while a partition is taken out. Raises ConfigurationError if
+        events is not partitioned.
+        """
+        model.check_timestamp("older_than", older_than)
+        with self._partition_session(timeout) as session:
+            return partitions.drop(session, older_than)
+
+    def discard_unpartitioned(self, timeout: float = 60.0) -> bool:
+        """Drop the table that `partition_events` left aside; False if there is none.
+
+        Raises SchemaError, and keeps it, if it has an event that events has not.
+        """
+        with self._partition_session(timeout) as session:
+            return partitions.discard(session)
+
     def load_sample(self) -> None:
         """Store the sample data of schemas/sample-data.sql; what is there already stays."""
         script = schema.schema_file("sample-data.sql").read_text(encoding="utf-8")
@@ -1217,6 +1288,8 @@ class BaseStore(ABC):
                     raise self._error(fault, error) from error
                 if fault is Fault.LOST:
                     self._discard_dead()
+                if fault is Fault.LAYOUT:
+                    self._partitioned = True  # the other way in exists in this layout only
             # Jitter keeps two that collided from colliding again.
             time.sleep(random.uniform(0.2, 1) * min(0.002 * 2**attempt, 0.2))  # noqa: S311
 
@@ -1398,6 +1471,10 @@ class BaseStore(ABC):
         """Delete so many events of the sessions; how many there were."""
 
     @abstractmethod
+    def _has_old_table(self, connection: Any) -> bool:
+        """Whether a conversion has left its table aside; raises StoreUnavailable during one."""
+
+    @abstractmethod
     def _unname_parents(self, connection: Any, ids: list[str], limit: int) -> int:
         """Let so many events name these sessions as their parents no more; how many there were."""
 
@@ -1466,6 +1543,10 @@ class BaseStore(ABC):
         """A connection of its own that holds the schema lock; raises StoreUnavailable."""
 
     @abstractmethod
+    def _partition_session(self, timeout: float) -> AbstractContextManager[PartitionSession]:
+        """The same, for partitions of events; raises StoreRefused."""
+
+    @abstractmethod
     def _administration(self, names: Names) -> AbstractContextManager[Administrator]:
         """A connection of its own that makes databases and roles; raises StoreRefused."""
 
@@ -1498,7 +1579,12 @@ class BaseStore(ABC):
     def _health(self, connection: Any) -> Health: ...
 
 
-_ATTEMPTS = {Fault.CONFLICT: _CONFLICT_ATTEMPTS, Fault.LOST: _LOST_ATTEMPTS, Fault.STALE: 2}
+_ATTEMPTS = {
+    Fault.CONFLICT: _CONFLICT_ATTEMPTS,
+    Fault.LOST: _LOST_ATTEMPTS,
+    Fault.STALE: 2,
+    Fault.LAYOUT: _CONFLICT_ATTEMPTS,
+}
 
 
 def _after_fork() -> None:  # pragma: no cover  (in a forked child)
@@ -1579,6 +1665,15 @@ def _bound(name: str, value: object) -> Cursor:
 def _name(record: object, field: str) -> str:
     name = getattr(record, field, "?")
     return name if isinstance(name, str) else model.shown(name)
+
+
+def _ahead(value: object) -> int | None:
+    if value is not None and (type(value) is not int or not 0 <= value <= _MOST_AHEAD):
+        raise ConfigurationError(f"ahead: 0 to {_MOST_AHEAD} is needed, not {model.shown(value)}")
+    return value
+
+
+_MOST_AHEAD = 400  # more than a year of days
 
 
 def _limit(value: object) -> int:

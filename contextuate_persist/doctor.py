@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
@@ -29,6 +31,7 @@ UNUSED_SECONDS = 7 * 86_400
 STALE_ROWS = 10_000
 STALE_PART = 0.3
 PREPARED_SECONDS = 60
+PARTITIONS_SECONDS = 2 * 86_400
 FREE_WARNING = 1024 * MiB
 FREE_PROBLEM = 100 * MiB
 
@@ -286,6 +289,19 @@ def _free(directory: str) -> int | None:
         return None
 
 
+def _partitions(seen: Seen) -> Iterator[Finding]:
+    rows = seen.answers.get("partitions")
+    if not rows:
+        return  # one table
+    end = int(rows[0][0] or 0)
+    day = f"{datetime.fromtimestamp(end / 1000, tz=timezone.utc):%Y-%m-%d}"
+    if end / 1000 > time.time() + PARTITIONS_SECONDS:
+        yield from _ok("partitions", f"made for events before {day}")
+        return
+    advice = "run `contextuate-persist partition` as the database's owner, now and regularly"
+    yield Finding("partitions", Level.WARNING, f"there are none for events from {day} on", advice)
+
+
 def _statistics(seen: Seen) -> Iterator[Finding]:
     rows = seen.answers["statistics"]
     if rows is None:
@@ -356,6 +372,7 @@ _CHECKS: tuple[Callable[[Seen], Iterator[Finding]], ...] = (
     _modes,
     _packet,
     _space,
+    _partitions,
     _statistics,
     _unused,
     _slow,

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ import mysql.connector
 from mysql.connector.errors import Error as MySQLError
 from mysql.connector.optionfiles import MySQLOptionsParser
 
-from contextuate_persist import base, doctor, payload, records, schema, tls, trees
+from contextuate_persist import base, doctor, partitions, payload, records, schema, tls, trees
 from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local
@@ -35,6 +35,7 @@ from contextuate_persist.errors import (
     StoreUnavailable,
 )
 from contextuate_persist.model import Health, MessageUsage
+from contextuate_persist.partitions import Partition, Span
 from contextuate_persist.records import EventRow, Seed
 
 try:
@@ -152,6 +153,55 @@ FROM JSON_TABLE(%(ids)s, '$[*]' COLUMNS (id CHAR(36) PATH '$')) AS given
 JOIN events AS e ON e.id = UUID_TO_BIN(given.id)
 """
 
+# Where events is partitioned, event_ids decides what is new and gives out seq. No foreign key keeps
+# the event of a deleted session out there: the lock of the session does, which batches hold, too.
+INSERT_EVENT_ID = (
+    """
+INSERT INTO event_ids (id, timestamp)
+SELECT UUID_TO_BIN(%(id)s), %(timestamp)s
+FROM sessions AS s
+"""
+    + INSERT_EVENT[INSERT_EVENT.index("WHERE s.session_id") : INSERT_EVENT.index("ON DUPLICATE")]
+    + """FOR SHARE OF s
+ON DUPLICATE KEY UPDATE id = event_ids.id
+"""
+)
+
+INSERT_PARTITIONED_EVENT = """
+INSERT INTO events (
+    id, seq, session_id, timestamp, event_type, hook_type,
+    parent_session_id, machine_id, working_directory, tool_name, tool_use_id, data, exact
+)
+SELECT
+    i.id, i.seq, %(session_id)s, i.timestamp, %(event_type)s, %(hook_type)s,
+    %(parent_session_id)s, %(machine_id)s, %(working_directory)s,
+    %(tool_name)s, %(tool_use_id)s, CAST(%(data)s AS JSON), CAST(%(exact)s AS BINARY)
+FROM event_ids AS i
+WHERE i.id = UUID_TO_BIN(%(id)s)
+"""
+
+INSERT_EVENT_IDS = """
+INSERT INTO event_ids (id, timestamp)
+VALUES %(rows)s
+ON DUPLICATE KEY UPDATE id = event_ids.id
+"""
+
+SELECT_SEQS = """
+SELECT given.id, i.seq
+FROM JSON_TABLE(%(ids)s, '$[*]' COLUMNS (id CHAR(36) PATH '$')) AS given
+JOIN event_ids AS i ON i.id = UUID_TO_BIN(given.id)
+"""
+
+INSERT_PARTITIONED_EVENTS = """
+INSERT INTO events (
+    id, session_id, timestamp, event_type, hook_type,
+    parent_session_id, machine_id, working_directory, tool_name, tool_use_id, data, exact, seq
+)
+VALUES %(rows)s
+"""
+
+SELECT_KNOWN_PARTITIONED_IDS = SELECT_KNOWN_IDS.replace("JOIN events", "JOIN event_ids")
+
 SELECT_EVENTS = """
 SELECT
     BIN_TO_UUID(e.id), e.seq, e.timestamp, e.session_id, e.parent_session_id, e.machine_id,
@@ -166,6 +216,16 @@ SELECT_EVENTS_SMALL = SELECT_EVENTS.replace(
 )
 
 SELECT_EVENT = SELECT_EVENTS + "WHERE e.id = UUID_TO_BIN(%(id)s) AND e.session_id = %(session_id)s"
+
+# By way of event_ids to one row of one partition: there is no index of the ids in each.
+SELECT_PARTITIONED_EVENT = (
+    SELECT_EVENTS
+    + """
+WHERE e.session_id = %(session_id)s
+    AND e.timestamp = (SELECT i.timestamp FROM event_ids AS i WHERE i.id = UUID_TO_BIN(%(id)s))
+    AND e.seq = (SELECT i.seq FROM event_ids AS i WHERE i.id = UUID_TO_BIN(%(id)s))
+"""
+)
 
 # Filters come as fixed clauses: one statement with `? IS NULL OR` for each would be planned for all
 # of them and use no index. MySQL reads no range from `(timestamp, seq) < (?, ?)`.
@@ -544,6 +604,19 @@ ON DUPLICATE KEY UPDATE
     deleted_at = GREATEST(deleted_sessions.deleted_at, VALUES(deleted_at))
 """
 
+# Where events is partitioned it has no foreign key.
+DELETE_IDS_OF_SESSIONS = """
+DELETE i
+FROM events AS e
+JOIN event_ids AS i ON i.id = e.id
+WHERE e.session_id IN (%(session_ids)s)
+"""
+
+DELETE_EVENTS_OF_SESSIONS = """
+DELETE FROM events
+WHERE session_id IN (%(session_ids)s)
+"""
+
 DELETE_SESSIONS = """
 DELETE FROM sessions
 WHERE session_id IN (%(session_ids)s)
@@ -732,6 +805,34 @@ DELETE FROM events
 WHERE id IN (%(ids)s)
 """
 
+# Where events is partitioned, by way of event_ids: there is no index of the ids in each. What is
+# forgotten is also in the table that a conversion leaves aside.
+DELETE_PARTITIONED_EVENTS = """
+DELETE i, e
+FROM event_ids AS i
+JOIN events AS e ON e.timestamp = i.timestamp AND e.seq = i.seq
+WHERE i.id IN (%(ids)s)
+"""
+
+SELECT_SOME_IDS = """
+SELECT BIN_TO_UUID(e.id)
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN events AS e ON e.session_id = asked.session_id
+LIMIT %(limit)s
+"""
+
+DELETE_UNPARTITIONED_EVENTS = DELETE_EVENTS.replace("events", "events_unpartitioned")
+UNNAME_UNPARTITIONED_PARENTS = UNNAME_PARENTS.replace("events", "events_unpartitioned")
+
+SELECT_BESIDE = """
+SELECT t.table_name
+FROM information_schema.tables AS t
+WHERE t.table_schema = DATABASE()
+    AND t.table_name IN ('events_partitioned', 'events_unpartitioned')
+"""
+
 SELECT_COPIES = """
 SELECT s.session_id
 FROM sessions AS s
@@ -864,10 +965,18 @@ WHERE t.table_schema = DATABASE()
 
 # --- Server ---------------------------------------------------------------------------------------
 
+# The layout is that of the tables: schema_version is told a moment after these were swapped.
 SELECT_VERSION = """
-SELECT version, layout
-FROM schema_version
-ORDER BY version DESC
+SELECT v.version, IF(
+    EXISTS (
+        SELECT 1
+        FROM information_schema.tables AS t
+        WHERE t.table_schema = DATABASE() AND t.table_name = 'event_ids'
+    ),
+    'partitioned', v.layout
+)
+FROM schema_version AS v
+ORDER BY v.version DESC
 LIMIT 1
 """
 
@@ -913,6 +1022,222 @@ SET SESSION
     max_execution_time = {statement_ms}
 """
 
+# --- Partitions -----------------------------------------------------------------------------------
+
+# The columns of events that are copied, in this order.
+COPIED_COLUMNS = """session_id, timestamp, seq, id, event_type, hook_type, parent_session_id,
+    machine_id, working_directory, tool_name, tool_use_id, data, exact, commit_order, created_at"""
+
+SELECT_TABLE = """
+SELECT 1
+FROM information_schema.tables AS t
+WHERE t.table_schema = DATABASE() AND t.table_name = %(table)s
+"""
+
+# Or the server answers with what it knew up to a day ago.
+READ_FRESH_STATISTICS = b"SET SESSION information_schema_stats_expiry = 0"
+
+SELECT_PARTITIONS = """
+SELECT
+    p.partition_name, p.partition_description, p.table_rows,
+    CAST(p.data_length + p.index_length AS SIGNED)
+FROM information_schema.partitions AS p
+WHERE p.table_schema = DATABASE() AND p.table_name = %(table)s AND p.partition_name IS NOT NULL
+ORDER BY p.partition_ordinal_position
+"""
+
+SELECT_FIRST_EVENT = "SELECT MIN(e.timestamp) FROM events AS e"
+
+# Of which sessions events were copied: of one that is gone in the end, or is another one then that
+# was made under its id, what was copied goes, too.
+CREATE_COPIED_SESSIONS = b"""
+CREATE TEMPORARY TABLE IF NOT EXISTS copied_sessions (
+    session_id  VARCHAR(255) NOT NULL,
+    created_at  TIMESTAMP(3) NULL,
+
+    PRIMARY KEY (session_id)
+) ENGINE = InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin
+"""
+
+NOTE_SESSIONS_BEFORE = """
+INSERT INTO copied_sessions (session_id, created_at)
+SELECT copied.session_id, s.created_at
+FROM (SELECT DISTINCT p.session_id FROM events_partitioned AS p) AS copied
+LEFT JOIN sessions AS s ON s.session_id = copied.session_id
+ON DUPLICATE KEY UPDATE session_id = copied_sessions.session_id
+"""
+
+NOTE_SESSIONS = """
+INSERT INTO copied_sessions (session_id, created_at)
+SELECT DISTINCT e.session_id, s.created_at
+FROM events AS e
+LEFT JOIN sessions AS s ON s.session_id = e.session_id
+WHERE e.seq > %(after)s AND e.seq <= %(upto)s
+ON DUPLICATE KEY UPDATE session_id = copied_sessions.session_id
+"""
+
+SELECT_COPIED = "SELECT COALESCE(MAX(i.seq), 0) FROM event_ids_new AS i"
+
+SELECT_LAST_SEQ = "SELECT COALESCE(MAX(e.seq), 0) FROM events AS e"
+
+SELECT_CHUNK = """
+SELECT COUNT(*), MAX(chunk.seq)
+FROM (
+    SELECT e.seq
+    FROM events AS e
+    WHERE e.seq > %(after)s AND e.seq <= %(upto)s
+    ORDER BY e.seq
+    LIMIT %(rows)s
+) AS chunk
+"""
+
+# First the events, then their ids: what is deleted in between leaves events without an id, which
+# are found again by their session.
+COPY_CHUNK = f"""
+INSERT INTO events_partitioned ({COPIED_COLUMNS})
+SELECT {COPIED_COLUMNS}
+FROM events
+WHERE seq > %(after)s AND seq <= %(upto)s
+"""
+
+# An id that is there already with another seq: its event was deleted and stored anew.
+COPY_IDS = """
+INSERT INTO event_ids_new (id, seq, timestamp)
+SELECT e.id, e.seq, e.timestamp
+FROM events AS e
+WHERE e.seq > %(after)s AND e.seq <= %(upto)s
+ON DUPLICATE KEY UPDATE seq = VALUES(seq), timestamp = VALUES(timestamp)
+"""
+
+COMPARE_COPIES = """
+SELECT counted.session_id, CAST(SUM(counted.old) AS SIGNED), CAST(SUM(counted.new) AS SIGNED)
+FROM (
+    SELECT e.session_id, COUNT(*) AS old, 0 AS new
+    FROM events AS e
+    WHERE e.seq <= %(upto)s
+    GROUP BY e.session_id
+    UNION ALL
+    SELECT p.session_id, 0, COUNT(*)
+    FROM events_partitioned AS p
+    WHERE p.seq <= %(upto)s
+    GROUP BY p.session_id
+) AS counted
+GROUP BY counted.session_id
+HAVING SUM(counted.old) <> SUM(counted.new)
+"""
+
+SELECT_GONE_SESSIONS = """
+SELECT c.session_id
+FROM copied_sessions AS c
+LEFT JOIN sessions AS s ON s.session_id = c.session_id
+WHERE s.session_id IS NULL OR NOT s.created_at <=> c.created_at
+"""
+
+SELECT_GONE_EVENTS = """
+SELECT p.session_id, p.timestamp, p.seq
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS copied
+JOIN events_partitioned AS p ON p.session_id = copied.session_id
+LEFT JOIN events AS e
+    ON e.session_id = p.session_id AND e.timestamp = p.timestamp AND e.seq = p.seq
+WHERE e.seq IS NULL
+"""
+
+PURGE_ID = "DELETE FROM event_ids_new WHERE seq = %(seq)s"
+
+PURGE_EVENT = """
+DELETE FROM events_partitioned
+WHERE session_id = %(session_id)s AND timestamp = %(timestamp)s AND seq = %(seq)s
+"""
+
+# Every table by every name that the last step uses.
+LOCK_FOR_SWITCH = b"""
+LOCK TABLES
+    events WRITE, events AS e WRITE, events_partitioned WRITE, events_partitioned AS p WRITE,
+    event_ids_new WRITE, sessions AS s READ, schema_version WRITE
+"""
+
+# In one step, so that at no moment, whoever is killed, a table is missing; and only now is there a
+# table event_ids.
+SWAP_TABLES = b"""
+RENAME TABLE
+    events TO events_unpartitioned, events_partitioned TO events, event_ids_new TO event_ids
+"""
+
+RECORD_LAYOUT = b"""
+UPDATE schema_version
+SET layout = 'partitioned'
+WHERE layout <> 'partitioned'
+ORDER BY version DESC
+LIMIT 1
+"""
+
+# The rest is copied only where events lie in it: mostly it is empty.
+ADD_PARTITIONS = """
+ALTER TABLE {table} REORGANIZE PARTITION p_rest INTO (
+    {partitions}, PARTITION p_rest VALUES LESS THAN MAXVALUE
+)
+"""
+
+SELECT_SESSIONS_OF = "SELECT DISTINCT e.session_id FROM {table} AS e"
+
+CREATE_RETIRED = b"CREATE TABLE IF NOT EXISTS events_retired LIKE events"
+FREE_RETIRED = b"ALTER TABLE events_retired REMOVE PARTITIONING"
+
+RETIRE_PARTITION = """
+ALTER TABLE events EXCHANGE PARTITION {partition} WITH TABLE events_retired WITHOUT VALIDATION
+"""
+
+# To the sessions that are still there, and were not deleted and made anew meanwhile.
+GIVE_BACK = f"""
+INSERT INTO events ({COPIED_COLUMNS})
+SELECT {COPIED_COLUMNS}
+FROM events_retired
+WHERE session_id IN (%(session_ids)s)
+    AND session_id IN (SELECT s.session_id FROM sessions AS s)
+    AND NOT EXISTS (
+        SELECT 1 FROM deleted_sessions AS d
+        WHERE d.session_id = events_retired.session_id AND d.deleted_at >= events_retired.timestamp
+    )
+"""
+
+DELETE_GIVEN_BACK = """
+DELETE FROM events_retired
+WHERE session_id IN (%(session_ids)s)
+    AND session_id IN (SELECT s.session_id FROM sessions AS s)
+    AND NOT EXISTS (
+        SELECT 1 FROM deleted_sessions AS d
+        WHERE d.session_id = events_retired.session_id AND d.deleted_at >= events_retired.timestamp
+    )
+"""
+
+SELECT_RETIRED = """
+SELECT r.session_id, r.timestamp, r.seq
+FROM events_retired AS r
+WHERE r.session_id >= %(session_id)s
+    AND (
+        r.session_id > %(session_id)s
+        OR r.timestamp > %(timestamp)s
+        OR r.timestamp = %(timestamp)s AND r.seq > %(seq)s
+    )
+ORDER BY r.session_id, r.timestamp, r.seq
+LIMIT %(rows)s
+"""
+
+FORGET_IDS = """
+DELETE FROM event_ids
+WHERE seq IN (%(seqs)s)
+"""
+
+SELECT_UNPARTITIONED_ONLY = """
+SELECT COUNT(*)
+FROM events_unpartitioned AS u
+LEFT JOIN events AS e
+    ON e.session_id = u.session_id AND e.timestamp = u.timestamp AND e.seq = u.seq
+WHERE e.seq IS NULL
+"""
+
 # --- Checks ---------------------------------------------------------------------------------------
 
 SELECT_NOW = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)"
@@ -924,7 +1249,7 @@ SELECT CONCAT('table ', t.table_name, ' ', t.engine, ' ', t.table_collation)
 FROM information_schema.tables AS t
 WHERE t.table_schema = DATABASE()
     AND t.table_name IN (
-        'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+        'schema_version', 'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger'
     )
 UNION ALL
 SELECT CONCAT(
@@ -938,7 +1263,7 @@ SELECT CONCAT(
 FROM information_schema.columns AS c
 WHERE c.table_schema = DATABASE()
     AND c.table_name IN (
-        'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+        'schema_version', 'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger'
     )
 UNION ALL
 SELECT CONCAT('column ', c.table_name, '.', c.column_name)
@@ -955,7 +1280,7 @@ LEFT JOIN information_schema.referential_constraints AS r
     ON r.constraint_schema = c.constraint_schema AND r.constraint_name = c.constraint_name
 WHERE c.table_schema = DATABASE()
     AND c.table_name IN (
-        'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+        'schema_version', 'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger'
     )
 UNION ALL
 SELECT CONCAT(
@@ -971,7 +1296,7 @@ SELECT CONCAT(
 FROM information_schema.statistics AS i
 WHERE i.table_schema = DATABASE()
     AND i.table_name IN (
-        'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+        'schema_version', 'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger'
     )
 GROUP BY i.table_name, i.index_name
 """
@@ -1011,6 +1336,15 @@ CHECKS = {
         SELECT CAST(SUM(t.data_length + t.index_length) AS SIGNED), @@GLOBAL.datadir
         FROM information_schema.tables AS t
         WHERE t.table_schema = DATABASE()
+    """,
+    # Where the last partition ends that is not the one for the rest; nothing for one table.
+    "partitions": """
+        SELECT MAX(CAST(NULLIF(p.partition_description, 'MAXVALUE') AS SIGNED))
+        FROM information_schema.partitions AS p
+        WHERE p.table_schema = DATABASE()
+            AND p.table_name = 'events'
+            AND p.partition_name IS NOT NULL
+        HAVING COUNT(*) > 0
     """,
     # Needs PROCESS. The names are as in the file system, so of plain databases only.
     "statistics": """
@@ -1292,7 +1626,8 @@ class MySQLStore(BaseStore):
     def _open(self) -> None:
         connection = self._connect()
         try:
-            schema.require_version(_read_version(connection), self._place)
+            found = schema.require_version(_read_version(connection), self._place)
+            self._partitioned = found.layout == "partitioned"
             packet = _execute(connection, SELECT_SERVER)[0][1]
         finally:
             _close_quietly(connection)
@@ -1395,7 +1730,15 @@ class MySQLStore(BaseStore):
 
     def _insert_event(self, connection: Any, row: EventRow) -> bool:
         parameters = dict(zip(EVENT_COLUMNS, _event_values(row), strict=True))
-        return _execute_write(connection, INSERT_EVENT, parameters) == 1
+        if not self._partitioned:
+            return _execute_write(connection, INSERT_EVENT, parameters) == 1
+        # Two statements here; an error undoes both, as it does wherever a connection is used.
+        connection.cmd_query(b"START TRANSACTION")
+        new = _execute_write(connection, INSERT_EVENT_ID, parameters) == 1
+        if new:
+            _execute_write(connection, INSERT_PARTITIONED_EVENT, parameters)
+        connection.cmd_query(b"COMMIT")
+        return new
 
     def _insert_events(self, connection: Any, rows: list[Event], undelete: bool) -> int:
         changed = _send_rows(connection, SEED_SESSIONS, map(_row_literal, records.seeds_of(rows)))
@@ -1413,14 +1756,38 @@ class MySQLStore(BaseStore):
         # In the caller's order, mostly that of time: it fills the pages of the indexes that time
         # orders (680 bytes for each event in all of them; 1,040 if session follows session).
         rows.sort(key=lambda row: row.position)
+        if self._partitioned:
+            return self._insert_partitioned(connection, rows)
         inserted = _send_rows(connection, INSERT_EVENTS, map(_event_literal, self._encoded(rows)))
         if inserted < len(rows):
             self._repeating = True
         return base.accept_inserted(rows, inserted, changed)
 
+    def _insert_partitioned(self, connection: Any, rows: list[Event]) -> int:
+        """Insert the ids, then the events with what they were given; raises StartOver."""
+        ids = [
+            b"(0x%b, %d)" % (row.id.replace("-", "").encode(), row.event.timestamp) for row in rows
+        ]
+        if _send_rows(connection, INSERT_EVENT_IDS, ids) < len(rows):
+            raise base.StartOver(repeats=True)
+        asked = {"ids": records.json_list(row.id for row in rows)}
+        seqs = dict(_execute(connection, SELECT_SEQS, asked))
+        literals = (
+            b"%b, %d)" % (_event_literal(row)[:-1], seqs[row.id]) for row in self._encoded(rows)
+        )
+        return _send_rows(connection, INSERT_PARTITIONED_EVENTS, literals)
+
     def _select_known_ids(self, connection: Any, rows: list[Event]) -> list[str]:
+        statement = (
+            SELECT_KNOWN_PARTITIONED_IDS if self._sees_partitions(connection) else SELECT_KNOWN_IDS
+        )
         ids = {"ids": records.json_list(row.id for row in rows)}
-        return [row[0] for row in _execute(connection, SELECT_KNOWN_IDS, ids)]
+        return [row[0] for row in _execute(connection, statement, ids)]
+
+    def _sees_partitions(self, connection: Any) -> bool:
+        """Whether events is partitioned, asked where not knowing it would end in no error."""
+        self._partitioned = self._partitioned or _is_partitioned(connection)
+        return self._partitioned
 
     def _select_events(
         self,
@@ -1446,7 +1813,8 @@ class MySQLStore(BaseStore):
         return _execute(connection, query, parameters)
 
     def _select_event(self, connection: Any, session_id: str, event_id: str) -> Any:
-        rows = _execute(connection, SELECT_EVENT, {"id": event_id, "session_id": session_id})
+        statement = SELECT_PARTITIONED_EVENT if self._partitioned else SELECT_EVENT
+        rows = _execute(connection, statement, {"id": event_id, "session_id": session_id})
         return rows[0] if rows else None
 
     def _count_events(self, connection: Any, session_id: str | None) -> list[Any]:
@@ -1561,8 +1929,15 @@ class MySQLStore(BaseStore):
                 parameters = {"session_ids": listed, "session_id": session_id}
                 _execute_write(connection, UNLIST_CHILDREN, parameters)
             _send(connection, REMEMBER_DELETIONS, {"session_ids": shown})
-        _send(connection, DELETE_SESSIONS, {"session_ids": ids})
+        self._delete_rows(connection, ids)
         return len(shown)
+
+    def _delete_rows(self, connection: Any, ids: list[str]) -> None:
+        # Asked under the locks: whoever partitions events waits for these.
+        if self._sees_partitions(connection):
+            _send(connection, DELETE_IDS_OF_SESSIONS, {"session_ids": ids})
+            _send(connection, DELETE_EVENTS_OF_SESSIONS, {"session_ids": ids})
+        _send(connection, DELETE_SESSIONS, {"session_ids": ids})
 
     def _select_listing(self, connection: Any, ids: list[str]) -> list[str]:
         rows = _execute(connection, SELECT_LISTING, {"session_ids": records.json_list(ids)})
@@ -1606,10 +1981,18 @@ class MySQLStore(BaseStore):
         _execute_write(connection, REMEMBER_FORGOTTEN, asked)
 
     def _delete_some_events(self, connection: Any, ids: list[str], limit: int) -> int:
-        return _send(connection, DELETE_SOME_EVENTS.format(limit=limit), {"session_ids": ids})
+        if not self._sees_partitions(connection):
+            return _send(connection, DELETE_SOME_EVENTS.format(limit=limit), {"session_ids": ids})
+        asked = {"session_ids": records.json_list(ids), "limit": limit}
+        some = [row[0] for row in _execute(connection, SELECT_SOME_IDS, asked)]
+        return self._delete_events(connection, some) if some else 0
 
     def _unname_parents(self, connection: Any, ids: list[str], limit: int) -> int:
-        return _send(connection, UNNAME_PARENTS.format(limit=limit), {"session_ids": ids})
+        named = {"session_ids": ids}
+        old = 0
+        if self._has_old_table(connection):
+            old = _send(connection, UNNAME_UNPARTITIONED_PARENTS.format(limit=limit), named)
+        return max(old, _send(connection, UNNAME_PARENTS.format(limit=limit), named))
 
     def _lock_kin(self, connection: Any, ids: list[str]) -> None:
         asked = {"session_ids": records.json_list(ids)}
@@ -1627,7 +2010,7 @@ class MySQLStore(BaseStore):
         for session_id in self._select_listing(connection, ids):
             parameters = {"session_ids": listed, "session_id": session_id}
             _execute_write(connection, UNLIST_CHILDREN, parameters)
-        _send(connection, DELETE_SESSIONS, {"session_ids": ids})
+        self._delete_rows(connection, ids)
 
     def _select_heads(self, connection: Any, filters: Mapping[str, Any], limit: int) -> list[Any]:
         clauses = [EVENT_CLAUSES[name] for name in filters]
@@ -1642,7 +2025,19 @@ class MySQLStore(BaseStore):
         return _execute(connection, query, parameters)
 
     def _delete_events(self, connection: Any, ids: list[str]) -> int:
-        return _send(connection, DELETE_EVENTS, {"ids": [uuid.UUID(one).bytes for one in ids]})
+        listed = {"ids": [uuid.UUID(one).bytes for one in ids]}
+        if self._has_old_table(connection):
+            _send(connection, DELETE_UNPARTITIONED_EVENTS, listed)
+        if self._partitioned:
+            return _send(connection, DELETE_PARTITIONED_EVENTS, listed) // 2  # two rows of each
+        return _send(connection, DELETE_EVENTS, listed)
+
+    def _has_old_table(self, connection: Any) -> bool:
+        self._sees_partitions(connection)
+        beside = {row[0] for row in _execute(connection, SELECT_BESIDE)}
+        if "events_partitioned" in beside:
+            raise StoreUnavailable(f"{self._place}: {partitions.HALF_WAY}")
+        return bool(beside)
 
     def _select_copies(self, connection: Any) -> list[str]:
         return [row[0] for row in _execute(connection, SELECT_COPIES)]
@@ -1691,6 +2086,7 @@ class MySQLStore(BaseStore):
         version = _read_version(connection)
         latency = time.perf_counter() - start
         found = schema.require_version(version, self._place)
+        self._partitioned = found.layout == "partitioned"
         pure = isinstance(connection, mysql.connector.connection.MySQLConnection)
         return Health(
             backend=self.backend,
@@ -1710,6 +2106,7 @@ class MySQLStore(BaseStore):
             start = time.perf_counter()
             server_now = _execute(connection, SELECT_NOW)[0][0]
             latency = time.perf_counter() - start
+            version = _read_version(connection)
             pure = isinstance(connection, mysql.connector.connection.MySQLConnection)
             return doctor.Seen(
                 place=self._place,
@@ -1721,8 +2118,8 @@ class MySQLStore(BaseStore):
                 implementation="python" if pure else "c",
                 latency_ms=latency * 1000,
                 clock_ms=server_now - (time.time() - latency / 2) * 1000,
-                version=_read_version(connection),
-                shape=schema.read_shape(self.backend),
+                version=version,
+                shape=schema.read_shape(self.backend, schema.layout_of(version)),
                 durable=DURABLE,
                 wanted=WANTED,
                 answers={name: _answer(connection, query) for name, query in CHECKS.items()},
@@ -1753,6 +2150,20 @@ class MySQLStore(BaseStore):
             raise self._error(self._fault(error) or Fault.REFUSED, error) from error
         finally:
             _close_quietly(connection)
+
+    @contextlib.contextmanager
+    def _partition_session(self, timeout: float) -> Iterator[MySQLPartitions]:
+        with self._schema_session(timeout) as session:
+            connection = session.connection
+            found = schema.require_version(_read_version(connection), self._place)
+            self._partitioned = found.layout == "partitioned"
+            try:
+                yield MySQLPartitions(connection, self)
+            except (MySQLError, MySQLInterfaceError) as error:
+                if getattr(error, "errno", None) not in DENIED:
+                    raise
+                reason = f"partitions are made by the owner of the database: {_reason(error)}"
+                raise StoreRefused(f"{self._place}: {reason}") from error
 
     @contextlib.contextmanager
     def _administration(self, names: Names) -> Iterator[MySQLAdministrator]:
@@ -1893,26 +2304,26 @@ class MySQLSchema:
     backend = MySQLStore.backend
 
     def __init__(self, connection: Any, place: str) -> None:
-        self._connection = connection
+        self.connection = connection
         self.place = place
 
     def read_version(self) -> schema.SchemaVersion | None:
-        return _read_version(self._connection)
+        return _read_version(self.connection)
 
     def read_checksums(self) -> dict[int, str | None]:
-        return dict(_execute(self._connection, SELECT_CHECKSUMS))
+        return dict(_execute(self.connection, SELECT_CHECKSUMS))
 
     def read_columns(self) -> dict[str, set[str]]:
-        return base.by_table(_execute(self._connection, SELECT_COLUMNS))
+        return base.by_table(_execute(self.connection, SELECT_COLUMNS))
 
     def holds(self, query: str) -> bool:
-        return bool(_execute(self._connection, query))
+        return bool(_execute(self.connection, query))
 
     def run(self, statement: str) -> None:
-        self._connection.cmd_query(statement.encode())
+        self.connection.cmd_query(statement.encode())
 
     def has_rows(self, table: str) -> bool:
-        return bool(_execute(self._connection, HAS_ROWS.format(table=_identifier(table))))
+        return bool(_execute(self.connection, HAS_ROWS.format(table=_identifier(table))))
 
     def around(self, contents: Contents) -> tuple[list[str], list[str]]:
         words = {"table": contents.sequence, "next_seq": contents.next_seq}
@@ -1920,10 +2331,229 @@ class MySQLSchema:
 
     def record(self, version: int, name: str, checksum: str | None) -> None:
         row = {"version": version, "name": name, "checksum": checksum}
-        _execute_write(self._connection, RECORD_VERSION, row)
+        _execute_write(self.connection, RECORD_VERSION, row)
 
     def transaction(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
+
+
+class MySQLPartitions:
+    """The partitions of events, under the schema lock; implements PartitionSession."""
+
+    def __init__(self, connection: Any, store: MySQLStore) -> None:
+        self.place = store._place  # noqa: SLF001  (a store's other half)
+        self.longest_wait = 0.0
+        self._connection = connection
+        self._store = store
+        # What stops writers while it waits must not wait for long.
+        connection.cmd_query(b"SET SESSION lock_wait_timeout = 1")
+        connection.cmd_query(READ_FRESH_STATISTICS)
+        # At once, since it is refused to every account that should not do this either.
+        connection.cmd_query(CREATE_COPIED_SESSIONS)
+
+    def passing(self, error: Exception) -> bool:
+        return self._store._fault(error) in PASSING_FAULTS  # noqa: SLF001
+
+    def is_partitioned(self) -> bool:
+        return _is_partitioned(self._connection)
+
+    def read_partitions(self, *, aside: bool = False) -> list[Partition]:
+        table = {"table": "events_partitioned" if aside else "events"}
+        found: list[Partition] = []
+        start: int | None = None
+        for name, below, rows, size in _execute(self._connection, SELECT_PARTITIONS, table):
+            text = below.decode() if isinstance(below, bytes | bytearray) else str(below)
+            end = int(text) if text.isdigit() else None
+            found.append(Partition(name, start if end else None, end, rows, size))
+            start = end
+        return found
+
+    def first_event(self) -> int | None:
+        first: int | None = _execute(self._connection, SELECT_FIRST_EVENT)[0][0]
+        return first
+
+    # --- Converting -------------------------------------------------------------------------------
+
+    def prepare(self, spans: Sequence[Span]) -> None:
+        script = schema.schema_file("mysql-partitioned.sql").read_text(encoding="utf-8")
+        for statement in schema.split_script(script, MySQLStore.backend):
+            self._connection.cmd_query(statement.encode())
+        if len(self.read_partitions(aside=True)) == 1:
+            older = Span(0, spans[0].start)
+            self._add("events_partitioned", {"p_older": older, **_named(spans)})
+        _execute_write(self._connection, NOTE_SESSIONS_BEFORE, {})
+
+    def _add(self, table: str, partitions: Mapping[str, Span]) -> None:
+        listed = ", ".join(
+            f"PARTITION {name} VALUES LESS THAN ({span.end})" for name, span in partitions.items()
+        )
+        statement = ADD_PARTITIONS.format(table=table, partitions=listed)
+        self._connection.cmd_query(statement.encode())
+
+    def copied(self) -> int:
+        return int(_execute(self._connection, SELECT_COPIED)[0][0])
+
+    def watermark(self) -> int:
+        # The lock waits for everybody who is storing: what is unseen afterwards has a higher seq.
+        with self._locked(b"LOCK TABLES events AS e READ"):
+            return int(_execute(self._connection, SELECT_LAST_SEQ)[0][0])
+
+    def copy(self, after: int, upto: int, rows: int) -> tuple[int, int]:
+        bounds = {"after": after, "upto": upto, "rows": rows}
+        [(copied, last)] = _execute(self._connection, SELECT_CHUNK, bounds)
+        if not copied:
+            return 0, upto
+        _execute_write(self._connection, NOTE_SESSIONS, {"after": after, "upto": last})
+        with self._transaction():
+            self._copy_chunk(after, last)
+        return copied, last
+
+    def _copy_chunk(self, after: int, upto: int) -> int:
+        chunk = {"after": after, "upto": upto}
+        copied = _execute_write(self._connection, COPY_CHUNK, chunk)
+        _execute_write(self._connection, COPY_IDS, chunk)
+        return copied
+
+    def refresh(self) -> None:
+        _unprepared(self._connection, "ANALYZE TABLE events_partitioned, event_ids_new")
+
+    def compare(self, upto: int) -> list[tuple[str, int, int]]:
+        return _execute(self._connection, COMPARE_COPIES, {"upto": upto})
+
+    def purge(self, ids: Sequence[str]) -> None:
+        with self._transaction():
+            self._purge(ids)
+
+    def _purge(self, ids: Sequence[str]) -> None:
+        asked = {"session_ids": records.json_list(ids)}
+        for session_id, timestamp, seq in _execute(self._connection, SELECT_GONE_EVENTS, asked):
+            _execute_write(self._connection, PURGE_ID, {"seq": seq})
+            gone = {"session_id": session_id, "timestamp": timestamp, "seq": seq}
+            _execute_write(self._connection, PURGE_EVENT, gone)
+
+    def switch(self, after: int) -> int:
+        # Not START TRANSACTION, which would unlock the tables.
+        self._connection.cmd_query(b"SET autocommit = 0")
+        try:
+            with self._locked(LOCK_FOR_SWITCH):
+                last = int(_execute(self._connection, SELECT_LAST_SEQ)[0][0])
+                copied = self._copy_chunk(after, last)
+                gone = [row[0] for row in _execute(self._connection, SELECT_GONE_SESSIONS)]
+                if gone:
+                    self._purge(gone)
+                self._connection.cmd_query(b"COMMIT")
+                self._connection.cmd_query(SWAP_TABLES)
+                self._connection.cmd_query(RECORD_LAYOUT)
+                self._connection.cmd_query(b"COMMIT")
+        finally:
+            self._connection.cmd_query(b"SET autocommit = 1")
+        return copied
+
+    def record_layout(self) -> None:
+        self._connection.cmd_query(RECORD_LAYOUT)
+
+    # --- Adding and dropping ----------------------------------------------------------------------
+
+    def add(self, spans: Sequence[Span]) -> None:
+        with self._waiting():
+            self._add("events", _named(spans))
+
+    def sessions_of(self, partition: str | None) -> list[str]:
+        table = f"events PARTITION ({partition})" if partition else "events_retired"
+        query = SELECT_SESSIONS_OF.format(table=table)
+        return [row[0] for row in _execute(self._connection, query)]
+
+    def prunable(self, older_than: int) -> dict[str, str | None]:
+        return dict(self._store._select_prunable(self._connection, older_than))  # noqa: SLF001
+
+    def has_retired(self) -> bool:
+        return self._has("events_retired")
+
+    def retire(self, partition: Partition) -> None:
+        if not self._has("events_retired"):
+            self._connection.cmd_query(CREATE_RETIRED)
+        if self._partitions_of_retired():
+            self._connection.cmd_query(FREE_RETIRED)
+        with self._waiting():
+            exchange = RETIRE_PARTITION.format(partition=partition.name)
+            self._connection.cmd_query(exchange.encode())
+        if partition.start is not None:
+            with self._waiting():
+                drop = f"ALTER TABLE events DROP PARTITION {partition.name}"
+                self._connection.cmd_query(drop.encode())
+
+    def free_retired(self) -> None:
+        """Nothing to do: partitions have no foreign keys."""
+
+    def settle(self, ids: Sequence[str], older_than: int) -> int:
+        given = list(ids)
+        with self._transaction():
+            store = self._store
+            deleted = store._delete_prunable(self._connection, given, older_than)  # noqa: SLF001
+            _send(self._connection, GIVE_BACK, {"session_ids": given})
+            _send(self._connection, DELETE_GIVEN_BACK, {"session_ids": given})
+        return deleted
+
+    def forget_ids(self, after: Any, rows: int) -> Any:
+        session_id, timestamp, seq = after or ("", 0, 0)
+        place = {"session_id": session_id, "timestamp": timestamp, "seq": seq, "rows": rows}
+        some = _execute(self._connection, SELECT_RETIRED, place)
+        if not some:
+            return None
+        _send(self._connection, FORGET_IDS, {"seqs": [row[2] for row in some]})
+        return some[-1]
+
+    def drop_retired(self) -> None:
+        self._connection.cmd_query(b"DROP TABLE events_retired")
+
+    def unpartitioned_only(self) -> int | None:
+        if not self._has("events_unpartitioned"):
+            return None
+        return int(_execute(self._connection, SELECT_UNPARTITIONED_ONLY)[0][0])
+
+    def drop_unpartitioned(self) -> None:
+        with self._waiting():
+            self._connection.cmd_query(b"DROP TABLE events_unpartitioned")
+
+    def _has(self, table: str) -> bool:
+        return bool(_execute(self._connection, SELECT_TABLE, {"table": table}))
+
+    def _partitions_of_retired(self) -> bool:
+        return bool(_execute(self._connection, SELECT_PARTITIONS, {"table": "events_retired"}))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.cmd_query(b"START TRANSACTION")
+        try:
+            yield
+            self._connection.cmd_query(b"COMMIT")
+        except BaseException:
+            _rolled_back(self._connection)
+            raise
+
+    @contextlib.contextmanager
+    def _locked(self, statement: bytes) -> Iterator[None]:
+        """Locks that stop writers; how long, at most, is remembered."""
+        with self._waiting():
+            try:
+                self._connection.cmd_query(statement)
+                yield
+            finally:
+                _rolled_back(self._connection)
+                with contextlib.suppress(Exception):
+                    self._connection.cmd_query(b"UNLOCK TABLES")
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        asked = time.monotonic()
+        try:
+            yield
+        finally:
+            self.longest_wait = max(self.longest_wait, time.monotonic() - asked)
+
+
+def _named(spans: Iterable[Span]) -> dict[str, Span]:
+    return {f"p_{span.suffix}": span for span in spans}
 
 
 class MySQLAdministrator:
@@ -2406,6 +3036,11 @@ def _read_version(connection: Any) -> schema.SchemaVersion | None:
     return schema.SchemaVersion(*rows[0]) if rows else None
 
 
+def _is_partitioned(connection: Any) -> bool:
+    found = _read_version(connection)
+    return found is not None and found.layout == "partitioned"
+
+
 _NO_SUCH_TABLE = 1146
 _NO_SUCH_COLUMN = 1054
 
@@ -2584,6 +3219,12 @@ UNUSABLE_AFTER = (Fault.LOST, Fault.STALE, Fault.REFUSED, Fault.UNFIT)
 #: Wrong password, no access to the database, no such database: the same tomorrow.
 REFUSED_LOGINS = {1044, 1045, 1049, 1698}
 
+#: Of a lock that may be free, or a deadlock that may not come again.
+PASSING_FAULTS = (Fault.CONFLICT, Fault.TIMEOUT, Fault.BUSY)
+
+#: An account that may not do this to a table, a database, the server.
+DENIED = {1044, 1142, 1227}
+
 #: What an error number means; whatever is missing here the server refuses.
 FAULTS = {
     1053: Fault.LOST,  # the server shuts down
@@ -2620,6 +3261,7 @@ FAULTS = {
     1792: Fault.UNFIT,
     1836: Fault.UNFIT,
     3100: Fault.UNFIT,  # a group of servers takes nothing
+    1364: Fault.LAYOUT,  # an event without seq: that has no default any more
     1048: Fault.DATA,
     1153: Fault.DATA,  # over max_allowed_packet
     1264: Fault.DATA,

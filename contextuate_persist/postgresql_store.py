@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +21,17 @@ from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
-from contextuate_persist import base, doctor, model, payload, records, schema, tls, trees
+from contextuate_persist import (
+    base,
+    doctor,
+    model,
+    partitions,
+    payload,
+    records,
+    schema,
+    tls,
+    trees,
+)
 from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault
 from contextuate_persist.config import check_quoting, is_local
@@ -34,6 +44,7 @@ from contextuate_persist.errors import (
     StoreUnavailable,
 )
 from contextuate_persist.model import Health, MessageUsage
+from contextuate_persist.partitions import Partition, Span
 from contextuate_persist.records import EventRow, Seed
 
 if TYPE_CHECKING:
@@ -149,6 +160,60 @@ FROM events AS e
 WHERE e.id = ANY(%(ids)s::uuid[])
 """
 
+# Where events is partitioned, event_ids decides what is new and gives out seq. The single event
+# still takes one statement.
+INSERT_PARTITIONED_EVENT = (
+    """
+WITH new AS (
+    INSERT INTO event_ids (id, timestamp)
+    SELECT %(id)s::uuid, %(timestamp)s::bigint
+    FROM sessions AS s
+"""
+    + INSERT_EVENT[INSERT_EVENT.index("WHERE s.session_id") :]
+    + """
+    RETURNING id, seq, timestamp
+)
+INSERT INTO events (
+    id, seq, session_id, timestamp, event_type, event_type_name, hook_type, hook_type_name,
+    parent_session_id, machine_id, working_directory, tool_name, tool_use_id, data, exact
+)
+SELECT
+    new.id, new.seq, %(session_id)s::varchar, new.timestamp,
+    %(event_type)s::monitor_event_type, %(event_type_name)s::varchar,
+    %(hook_type)s::claude_hook_type, %(hook_type_name)s::varchar,
+    %(parent_session_id)s::varchar, %(machine_id)s::varchar, %(working_directory)s::text,
+    %(tool_name)s::varchar, %(tool_use_id)s::varchar, %(data)s::jsonb, %(exact)s::bytea
+FROM new
+"""
+)
+
+# In the order given, which is that of seq then; returns those that are new.
+INSERT_EVENT_IDS = """
+INSERT INTO event_ids (id, timestamp)
+SELECT given.id::uuid, given.timestamp
+FROM unnest(%(ids)s::text[], %(timestamps)s::bigint[])
+    WITH ORDINALITY AS given (id, timestamp, position)
+ORDER BY given.position
+ON CONFLICT (id) DO NOTHING
+RETURNING id::text, seq
+"""
+
+INSERT_PARTITIONED_EVENTS = """
+INSERT INTO events (
+    id, seq, session_id, timestamp, event_type, event_type_name, hook_type, hook_type_name,
+    parent_session_id, machine_id, working_directory, tool_name, tool_use_id, data, exact
+)
+VALUES (
+    %(id)s, %(seq)s, %(session_id)s, %(timestamp)s, %(event_type)s, %(event_type_name)s,
+    %(hook_type)s, %(hook_type_name)s, %(parent_session_id)s, %(machine_id)s,
+    %(working_directory)s, %(tool_name)s, %(tool_use_id)s, %(data)s, %(exact)s
+)
+"""
+
+COPY_PARTITIONED_EVENTS = COPY_EVENTS.replace("data, exact", "data, exact, seq")
+
+SELECT_KNOWN_PARTITIONED_IDS = SELECT_KNOWN_IDS.replace("FROM events", "FROM event_ids")
+
 SELECT_EVENTS = """
 SELECT
     e.id::text AS id, e.seq, e.timestamp, e.session_id, e.parent_session_id, e.machine_id,
@@ -164,6 +229,16 @@ SELECT_EVENTS_SMALL = SELECT_EVENTS.replace(
 )
 
 SELECT_EVENT = SELECT_EVENTS + "WHERE e.id = %(id)s AND e.session_id = %(session_id)s"
+
+# By way of event_ids to one row of one partition: there is no index of the ids in each.
+SELECT_PARTITIONED_EVENT = (
+    SELECT_EVENTS
+    + """
+WHERE e.session_id = %(session_id)s
+    AND e.timestamp = (SELECT i.timestamp FROM event_ids AS i WHERE i.id = %(id)s)
+    AND e.seq = (SELECT i.seq FROM event_ids AS i WHERE i.id = %(id)s)
+"""
+)
 
 # Filters come as fixed clauses: one statement with `%s IS NULL OR` for each would, once prepared,
 # be planned for all of them and use no index.
@@ -688,6 +763,46 @@ DELETE FROM events
 WHERE id = ANY(%(ids)s::uuid[])
 """
 
+# Where events is partitioned, by way of event_ids: there is no index of the ids in each. What is
+# forgotten is also in the table that a conversion leaves aside.
+DELETE_PARTITIONED_EVENTS = """
+DELETE FROM events AS e
+USING event_ids AS i
+WHERE i.id = ANY(%(ids)s::uuid[]) AND e.timestamp = i.timestamp AND e.seq = i.seq
+"""
+
+DELETE_SOME_PARTITIONED_EVENTS = """
+DELETE FROM events AS e
+USING event_ids AS i
+WHERE i.id = ANY(ARRAY(
+        SELECT e.id
+        FROM events AS e
+        WHERE e.session_id = ANY(%(session_ids)s::text[])
+        LIMIT %(limit)s
+    ))
+    AND e.timestamp = i.timestamp
+    AND e.seq = i.seq
+"""
+
+UNNAME_PARTITIONED_PARENTS = """
+UPDATE events AS e
+SET parent_session_id = NULL
+FROM event_ids AS i
+WHERE i.id = ANY(ARRAY(
+        SELECT e.id
+        FROM events AS e
+        WHERE e.parent_session_id = ANY(%(session_ids)s::text[])
+        LIMIT %(limit)s
+    ))
+    AND e.timestamp = i.timestamp
+    AND e.seq = i.seq
+"""
+
+DELETE_UNPARTITIONED_EVENTS = DELETE_EVENTS.replace("events", "events_unpartitioned")
+UNNAME_UNPARTITIONED_PARENTS = UNNAME_PARENTS.replace("events", "events_unpartitioned")
+
+SELECT_BESIDE = "SELECT to_regclass('events_partitioned'), to_regclass('events_unpartitioned')"
+
 SELECT_COPIES = """
 SELECT s.session_id
 FROM sessions AS s
@@ -825,6 +940,284 @@ SELECT
     set_config('idle_in_transaction_session_timeout', %(statement)s, FALSE)
 """
 
+# --- Partitions -----------------------------------------------------------------------------------
+
+# What lies in which partition; the columns of events that are copied, in this order.
+EVENT_COLUMNS = """id, seq, session_id, timestamp, event_type, event_type_name, hook_type,
+    hook_type_name, parent_session_id, machine_id, working_directory, tool_name, tool_use_id, data,
+    exact, commit_order, created_at"""
+
+SELECT_TABLES = """
+SELECT c.relname
+FROM pg_class AS c
+WHERE c.relnamespace = to_regnamespace(quote_ident(current_schema()))
+    AND c.relname = ANY(%(names)s::text[])
+"""
+
+# What is asked for in vain is no member of the owner, and would be told so table by table.
+SELECT_EVENTS_OWNER = """
+SELECT r.rolname, pg_has_role(r.oid, 'USAGE'), r.rolname = current_user
+FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
+WHERE c.oid = to_regclass('events')
+"""
+
+SELECT_PARTITIONS = """
+SELECT
+    c.relname,
+    substring(bound.text FROM 'FROM \\(.(\\d+)')::bigint,
+    substring(bound.text FROM 'TO \\(.(\\d+)')::bigint,
+    COALESCE(s.n_live_tup, 0),
+    pg_total_relation_size(c.oid)
+FROM pg_inherits AS i
+JOIN pg_class AS c ON c.oid = i.inhrelid
+CROSS JOIN LATERAL (SELECT pg_get_expr(c.relpartbound, c.oid)) AS bound (text)
+LEFT JOIN pg_stat_all_tables AS s ON s.relid = c.oid
+WHERE i.inhparent = to_regclass(%(table)s)
+ORDER BY 3 NULLS LAST
+"""
+
+SELECT_FIRST_EVENT = "SELECT min(e.timestamp) FROM events AS e"
+
+# The accounts that may use events may use what comes in its place.
+GRANT_AS_EVENTS = """
+DO $$
+DECLARE
+    given RECORD;
+BEGIN
+    FOR given IN
+        SELECT
+            a.privilege_type AS privilege,
+            CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(r.rolname) END AS grantee
+        FROM pg_class AS c
+        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+        LEFT JOIN pg_roles AS r ON r.oid = a.grantee
+        WHERE c.oid = 'events'::regclass AND a.grantee <> c.relowner
+    LOOP
+        EXECUTE format(
+            'GRANT %s ON events_partitioned, event_ids TO %s', given.privilege, given.grantee
+        );
+    END LOOP;
+END
+$$
+"""
+
+# For the time of the copying; it goes with the old table.
+SELECT_SEQ_INDEX = """
+SELECT i.indisvalid
+FROM pg_index AS i
+WHERE i.indexrelid = to_regclass('idx_events_seq')
+"""
+CREATE_SEQ_INDEX = "CREATE INDEX CONCURRENTLY idx_events_seq ON events (seq)"
+DROP_SEQ_INDEX = "DROP INDEX CONCURRENTLY IF EXISTS idx_events_seq"
+
+SELECT_COPIED = "SELECT COALESCE(max(i.seq), 0) FROM event_ids AS i"
+
+# A seq that was given out comes never again, not even that of a deleted event.
+GO_ON_COUNTING = """
+SELECT setval(
+    pg_get_serial_sequence('event_ids', 'seq')::regclass,
+    COALESCE(pg_sequence_last_value(pg_get_serial_sequence('events', 'seq')::regclass), 1)
+)
+"""
+
+SELECT_LAST_SEQ = "SELECT COALESCE(max(e.seq), 0) FROM events AS e"
+
+# An id that is there already with the same seq was copied; with another, its event was deleted and
+# stored anew.
+COPY_CHUNK = f"""
+WITH chunk AS (
+    SELECT {EVENT_COLUMNS}
+    FROM events
+    WHERE seq > %(after)s AND seq <= %(upto)s
+    ORDER BY seq
+    LIMIT %(rows)s
+),
+new AS (
+    INSERT INTO event_ids AS i (id, seq, timestamp)
+    SELECT c.id, c.seq, c.timestamp
+    FROM chunk AS c
+    ON CONFLICT (id) DO UPDATE SET seq = EXCLUDED.seq, timestamp = EXCLUDED.timestamp
+    WHERE i.seq <> EXCLUDED.seq
+    RETURNING i.seq AS new_seq
+),
+copied AS (
+    INSERT INTO events_partitioned ({EVENT_COLUMNS})
+    SELECT {EVENT_COLUMNS}
+    FROM chunk AS c JOIN new ON new.new_seq = c.seq
+    ORDER BY c.seq
+)
+SELECT count(*), max(c.seq)
+FROM chunk AS c
+"""
+
+COMPARE_COPIES = """
+SELECT session_id, COALESCE(old.events, 0), COALESCE(new.events, 0)
+FROM (
+    SELECT session_id, count(*) AS events FROM events WHERE seq <= %(upto)s GROUP BY session_id
+) AS old
+FULL JOIN (
+    SELECT session_id, count(*) AS events
+    FROM events_partitioned
+    WHERE seq <= %(upto)s
+    GROUP BY session_id
+) AS new USING (session_id)
+WHERE old.events IS DISTINCT FROM new.events
+"""
+
+# Only what was deleted by hand: with a session its copied events go by their own foreign key, and
+# their ids by the trigger.
+PURGE_COPIES = """
+DELETE FROM events_partitioned AS p
+WHERE p.session_id = ANY(%(session_ids)s::text[])
+    AND NOT EXISTS (
+        SELECT FROM events AS e
+        WHERE e.session_id = p.session_id AND e.timestamp = p.timestamp AND e.seq = p.seq
+    )
+"""
+
+# All names change at once. What an open store does then with the old ones ends in an error that
+# tells it of the change.
+SWAP_TABLES = """
+DO $$
+DECLARE
+    old RECORD;
+BEGIN
+    FOR old IN
+        SELECT c.relname AS name
+        FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+        WHERE i.indrelid = 'events'::regclass
+    LOOP
+        EXECUTE format(
+            'ALTER INDEX %I RENAME TO %I', old.name,
+            replace(replace(old.name, 'idx_events_', 'idx_unpartitioned_'), 'events_pkey',
+                'events_unpartitioned_pkey')
+        );
+    END LOOP;
+    ALTER TABLE events RENAME TO events_unpartitioned;
+    FOR old IN
+        SELECT c.relname AS name
+        FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+        WHERE i.indrelid = 'events_partitioned'::regclass
+    LOOP
+        EXECUTE format(
+            'ALTER INDEX %I RENAME TO %I', old.name,
+            replace(replace(old.name, 'idx_partitioned_', 'idx_events_'), 'events_partitioned_pkey',
+                'events_pkey')
+        );
+    END LOOP;
+    ALTER TABLE events_partitioned RENAME TO events;
+END
+$$
+"""
+
+RECORD_LAYOUT = """
+UPDATE schema_version
+SET layout = 'partitioned'
+WHERE version = (SELECT max(v.version) FROM schema_version AS v) AND layout <> 'partitioned'
+"""
+
+SET_LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %(lock)s, TRUE)"
+SHORTEST_LOCK_MS, LONGEST_LOCK_MS = 100, 5000
+
+# The first is what the foreign key of a partition that comes or goes asks for.
+LOCK_PARTITIONS: tuple[LiteralString, ...] = (
+    "LOCK TABLE sessions IN SHARE ROW EXCLUSIVE MODE",
+    "LOCK TABLE events IN ACCESS EXCLUSIVE MODE",
+)
+CREATE_PARTITION = "CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ({start}) TO ({end})"
+CREATE_REST = "CREATE TABLE {name} PARTITION OF {table} DEFAULT"
+# Beside the table first, since the rest may hold events of its time; LIKE copies in the order of
+# the columns.
+CREATE_ASIDE = "CREATE TABLE {name} (LIKE events INCLUDING DEFAULTS INCLUDING CONSTRAINTS{more})"
+MOVE_FROM_REST = f"""
+WITH moved AS (
+    DELETE FROM events_rest
+    WHERE timestamp >= {{start}} AND timestamp < {{end}}
+    RETURNING {EVENT_COLUMNS}
+)
+INSERT INTO {{name}} ({EVENT_COLUMNS})
+SELECT {EVENT_COLUMNS} FROM moved
+"""
+ATTACH_PARTITION = "ALTER TABLE events ATTACH PARTITION {name} FOR VALUES FROM ({start}) TO ({end})"
+
+# Session by session by the index: a partition has thousands of events of each.
+SELECT_SESSIONS_OF = """
+WITH RECURSIVE found (session_id) AS (
+    (SELECT e.session_id FROM {table} AS e ORDER BY e.session_id LIMIT 1)
+    UNION ALL
+    SELECT (
+        SELECT e.session_id
+        FROM {table} AS e
+        WHERE e.session_id > f.session_id
+        ORDER BY e.session_id
+        LIMIT 1
+    )
+    FROM found AS f
+    WHERE f.session_id IS NOT NULL
+)
+SELECT f.session_id FROM found AS f WHERE f.session_id IS NOT NULL
+"""
+
+DETACH_PARTITION = "ALTER TABLE events DETACH PARTITION {name}"
+RENAME_RETIRED = "ALTER TABLE {name} RENAME TO events_retired"
+# As long as it has the foreign key, what that deletes loses its ids.
+GUARD_RETIRED = """
+CREATE TRIGGER trigger_events_forget_ids AFTER DELETE ON events_retired
+    REFERENCING OLD TABLE AS gone
+    FOR EACH STATEMENT EXECUTE FUNCTION forget_event_ids()
+"""
+UNGUARD_RETIRED = "DROP TRIGGER trigger_events_forget_ids ON events_retired"
+# Deleting the sessions would delete these events one by one.
+FREE_RETIRED = "ALTER TABLE events_retired DROP CONSTRAINT {constraint}"
+SELECT_FOREIGN_KEYS = """
+SELECT c.conname
+FROM pg_constraint AS c
+WHERE c.conrelid = to_regclass(%(table)s) AND c.contype = 'f'
+"""
+
+# To the sessions that are still there, and were not deleted and made anew meanwhile.
+GIVE_BACK = f"""
+WITH kept AS (
+    DELETE FROM events_retired AS r
+    USING sessions AS s
+    WHERE r.session_id = s.session_id
+        AND s.session_id = ANY(%(session_ids)s::text[])
+        AND NOT EXISTS (
+            SELECT FROM deleted_sessions AS d
+            WHERE d.session_id = r.session_id AND d.deleted_at >= r.timestamp
+        )
+    RETURNING r.*
+)
+INSERT INTO events ({EVENT_COLUMNS})
+SELECT {EVENT_COLUMNS} FROM kept
+"""
+
+FORGET_IDS = """
+WITH chunk AS (
+    SELECT r.session_id, r.timestamp, r.seq, r.id
+    FROM events_retired AS r
+    WHERE (r.session_id, r.timestamp, r.seq) > (%(session_id)s, %(timestamp)s, %(seq)s)
+    ORDER BY r.session_id, r.timestamp, r.seq
+    LIMIT %(rows)s
+),
+forgotten AS (
+    DELETE FROM event_ids AS i USING chunk AS c WHERE i.id = c.id AND i.seq = c.seq
+)
+SELECT c.session_id, c.timestamp, c.seq
+FROM chunk AS c
+ORDER BY c.session_id DESC, c.timestamp DESC, c.seq DESC
+LIMIT 1
+"""
+
+SELECT_UNPARTITIONED_ONLY = """
+SELECT count(*)
+FROM events_unpartitioned AS u
+WHERE NOT EXISTS (
+    SELECT FROM events AS e
+    WHERE e.session_id = u.session_id AND e.timestamp = u.timestamp AND e.seq = u.seq
+)
+"""
+
 # --- Checks ---------------------------------------------------------------------------------------
 
 SELECT_NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
@@ -837,7 +1230,7 @@ WITH relations AS (
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE n.nspname = current_schema()
         AND c.relname IN (
-            'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger',
+            'schema_version', 'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger',
             'active_sessions', 'session_hierarchy'
         )
 )
@@ -886,7 +1279,7 @@ FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
 WHERE n.nspname = current_schema()
     AND p.proname IN (
         'get_recent_events', 'get_session_event_counts', 'prune_old_sessions',
-        'update_updated_at_column'
+        'update_updated_at_column', 'forget_event_ids'
     )
 """
 
@@ -897,7 +1290,7 @@ WITH tables AS (
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE n.nspname = current_schema()
         AND c.relname IN (
-            'schema_version', 'sessions', 'events', 'deleted_sessions', 'token_ledger'
+            'schema_version', 'sessions', 'events', 'event_ids', 'deleted_sessions', 'token_ledger'
         )
 ),
 account AS (
@@ -976,6 +1369,13 @@ CHECKS = {
         SELECT
             pg_database_size(current_database()),
             (SELECT s.setting FROM pg_settings AS s WHERE s.name = 'data_directory')
+    """,
+    # Where the last partition ends that is not the one for the rest; nothing for one table.
+    "partitions": """
+        SELECT max(substring(pg_get_expr(c.relpartbound, c.oid) FROM 'TO \\(.(\\d+)')::bigint)
+        FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
+        WHERE i.inhparent = to_regclass('events')
+        HAVING count(*) > 0
     """,
     "statistics": """
         SELECT s.relname, s.n_live_tup, s.n_mod_since_analyze
@@ -1275,6 +1675,10 @@ CLOSE_SCHEMA = (
 
 # As the owner, who may grant nothing on what extensions have in the same schema. Tables of later
 # migrations are open to the accounts by themselves.
+GRANT_PARTITIONED_ACCESS = (
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON event_ids TO {application}",
+    "GRANT SELECT ON event_ids TO {reader}",
+)
 GRANT_ACCESS = (
     "REVOKE ALL ON DATABASE {database} FROM PUBLIC",
     "GRANT CONNECT ON DATABASE {database} TO {application}, {reader}",
@@ -1309,6 +1713,11 @@ ORDER BY 1
 """
 
 COPY_ROWS = 10
+
+#: Of a lock that may be free, or a deadlock that may not come again.
+PASSING_FAULTS = (Fault.CONFLICT, Fault.TIMEOUT, Fault.BUSY)
+
+COMPRESSION_SINCE = 140000
 
 # Any number will do, as long as nobody else takes this one.
 SCHEMA_LOCK = 7_206_338_812_094_461
@@ -1403,7 +1812,8 @@ class PostgreSQLStore(BaseStore):
     def _open(self) -> None:
         # Connect once beside the pool: the pool only ever says that its time is up, not why.
         with self._connect() as connection:
-            schema.require_version(_read_version(connection), self._place)
+            found = schema.require_version(_read_version(connection), self._place)
+            self._partitioned = found.layout == "partitioned"
             self._read_types(connection)
         self._open_pool()
 
@@ -1506,6 +1916,10 @@ class PostgreSQLStore(BaseStore):
             return None
         if error.sqlstate is None:
             return Fault.DATA if isinstance(error, psycopg.DataError) else Fault.LOST
+        # An event without seq, or an ON CONFLICT (id) that finds no such key: not any more.
+        without_seq = error.sqlstate == "23502" and error.diag.column_name == "seq"
+        if without_seq or error.sqlstate == "42P10":
+            return Fault.LAYOUT
         return FAULTS.get(error.sqlstate) or FAULTS.get(error.sqlstate[:2], Fault.REFUSED)
 
     def _words(self, error: Exception) -> str:
@@ -1516,7 +1930,8 @@ class PostgreSQLStore(BaseStore):
     # --- Events -----------------------------------------------------------------------------------
 
     def _insert_event(self, connection: psycopg.Connection[Any], row: EventRow) -> bool:
-        return connection.execute(INSERT_EVENT, self._parameters(row)).rowcount == 1
+        statement = INSERT_PARTITIONED_EVENT if self._partitioned else INSERT_EVENT
+        return connection.execute(statement, self._parameters(row)).rowcount == 1
 
     def _insert_events(
         self, connection: psycopg.Connection[Any], rows: list[Event], undelete: bool
@@ -1530,6 +1945,8 @@ class PostgreSQLStore(BaseStore):
         if links := records.links_of(rows):
             family = {"children": list(links), "parents": list(links.values())}
             changed += connection.execute(LINK_PARENTS, family).rowcount
+        if self._partitioned:
+            return self._insert_partitioned(connection, rows, changed)
         rows = self._drop_known(connection, rows, changed)
         if not rows:
             return 0
@@ -1543,14 +1960,44 @@ class PostgreSQLStore(BaseStore):
             cursor.executemany(INSERT_EVENTS, list(map(self._parameters, self._encoded(rows))))
             return base.accept_inserted(rows, cursor.rowcount, changed)
 
-    def _copy(self, cursor: psycopg.Cursor[Any], rows: list[Event]) -> None:
+    def _insert_partitioned(
+        self, connection: psycopg.Connection[Any], rows: list[Event], changed: int
+    ) -> int:
+        """Insert the ids, which tells at once what is new, then the events that are."""
+        ids = {
+            "ids": [row.id for row in rows],
+            "timestamps": [row.event.timestamp for row in rows],
+        }
+        seqs: dict[str, int] = dict(connection.execute(INSERT_EVENT_IDS, ids).fetchall())
+        new = [row for row in rows if row.id in seqs]
+        if len(new) < len(rows) and changed:
+            raise base.StartOver(new, repeats=True)
+        if not new:
+            return 0
+        with connection.cursor() as cursor:
+            if len(new) >= COPY_ROWS:
+                self._copy(cursor, new, seqs)
+            else:
+                parameters = [
+                    {**self._parameters(row), "seq": seqs[row.id]} for row in self._encoded(new)
+                ]
+                cursor.executemany(INSERT_PARTITIONED_EVENTS, parameters)
+        return len(new)
+
+    def _copy(
+        self,
+        cursor: psycopg.Cursor[Any],
+        rows: list[Event],
+        seqs: Mapping[str, int] | None = None,
+    ) -> None:
         refusal: Exception | None = None
         try:
-            with cursor.copy(COPY_EVENTS) as copy:
-                copy.set_types(COPY_TYPES)
+            with cursor.copy(COPY_EVENTS if seqs is None else COPY_PARTITIONED_EVENTS) as copy:
+                copy.set_types(COPY_TYPES if seqs is None else (*COPY_TYPES, "int8"))
                 try:
                     for row in self._encoded(rows):
-                        copy.write_row(self._copied(row))
+                        values = self._copied(row)
+                        copy.write_row(values if seqs is None else (*values, seqs[row.id]))
                 except (InvalidRecord, base.Oversized) as error:
                     refusal = error
                     raise Abandoned from None
@@ -1589,8 +2036,12 @@ class PostgreSQLStore(BaseStore):
     def _select_known_ids(
         self, connection: psycopg.Connection[Any], rows: list[Event]
     ) -> list[str]:
+        if not self._partitioned:
+            # A store that does not know it yet would read all partitions.
+            self._partitioned = _is_partitioned(connection)
         ids = {"ids": [row.id for row in rows]}
-        return [row[0] for row in connection.execute(SELECT_KNOWN_IDS, ids)]
+        statement = SELECT_KNOWN_PARTITIONED_IDS if self._partitioned else SELECT_KNOWN_IDS
+        return [row[0] for row in connection.execute(statement, ids)]
 
     def _seed(self, connection: psycopg.Connection[Any], seeds: list[Seed]) -> int:
         """Lock the sessions, or make them; how many were made or changed."""
@@ -1675,7 +2126,8 @@ class PostgreSQLStore(BaseStore):
         self, connection: psycopg.Connection[Any], session_id: str, event_id: str
     ) -> Any:
         parameters = {"id": event_id, "session_id": session_id}
-        return connection.execute(SELECT_EVENT, parameters).fetchone()
+        statement = SELECT_PARTITIONED_EVENT if self._partitioned else SELECT_EVENT
+        return connection.execute(statement, parameters).fetchone()
 
     def _count_events(
         self, connection: psycopg.Connection[Any], session_id: str | None
@@ -1826,13 +2278,19 @@ class PostgreSQLStore(BaseStore):
     def _delete_some_events(
         self, connection: psycopg.Connection[Any], ids: list[str], limit: int
     ) -> int:
-        parameters = {"session_ids": ids, "limit": limit}
-        return connection.execute(DELETE_SOME_EVENTS, parameters).rowcount
+        self._partitioned = self._partitioned or _is_partitioned(connection)
+        statement = DELETE_SOME_PARTITIONED_EVENTS if self._partitioned else DELETE_SOME_EVENTS
+        return connection.execute(statement, {"session_ids": ids, "limit": limit}).rowcount
 
     def _unname_parents(
         self, connection: psycopg.Connection[Any], ids: list[str], limit: int
     ) -> int:
-        return connection.execute(UNNAME_PARENTS, {"session_ids": ids, "limit": limit}).rowcount
+        parameters = {"session_ids": ids, "limit": limit}
+        old = 0
+        if self._has_old_table(connection):
+            old = connection.execute(UNNAME_UNPARTITIONED_PARENTS, parameters).rowcount
+        statement = UNNAME_PARTITIONED_PARENTS if self._partitioned else UNNAME_PARENTS
+        return max(old, connection.execute(statement, parameters).rowcount)
 
     def _lock_kin(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
         connection.execute(LOCK_KIN, {"session_ids": ids})
@@ -1859,7 +2317,17 @@ class PostgreSQLStore(BaseStore):
         return connection.execute(query, parameters).fetchall()
 
     def _delete_events(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:
-        return connection.execute(DELETE_EVENTS, {"ids": ids}).rowcount
+        if self._has_old_table(connection):
+            connection.execute(DELETE_UNPARTITIONED_EVENTS, {"ids": ids})
+        statement = DELETE_PARTITIONED_EVENTS if self._partitioned else DELETE_EVENTS
+        return connection.execute(statement, {"ids": ids}).rowcount
+
+    def _has_old_table(self, connection: psycopg.Connection[Any]) -> bool:
+        self._partitioned = self._partitioned or _is_partitioned(connection)
+        [(copy, old)] = connection.execute(SELECT_BESIDE).fetchall()
+        if copy is not None:
+            raise StoreUnavailable(f"{self._place}: {partitions.HALF_WAY}")
+        return old is not None
 
     def _select_copies(self, connection: psycopg.Connection[Any]) -> list[str]:
         return [row[0] for row in connection.execute(SELECT_COPIES)]
@@ -1912,6 +2380,7 @@ class PostgreSQLStore(BaseStore):
         version = _read_version(connection)
         latency = time.perf_counter() - start
         found = schema.require_version(version, self._place)
+        self._partitioned = found.layout == "partitioned"
         return Health(
             backend=self.backend,
             server_version=connection.info.parameter_status("server_version") or "unknown",
@@ -1930,6 +2399,7 @@ class PostgreSQLStore(BaseStore):
             server_now = connection.execute(SELECT_NOW).fetchall()[0][0]
             latency = time.perf_counter() - start
             parameters = connection.info.get_parameters()
+            version = _read_version(connection)
             return doctor.Seen(
                 place=self._place,
                 local=is_local(connection.info.hostaddr or connection.info.host),
@@ -1940,8 +2410,8 @@ class PostgreSQLStore(BaseStore):
                 implementation=psycopg.pq.__impl__,
                 latency_ms=latency * 1000,
                 clock_ms=server_now - (time.time() - latency / 2) * 1000,
-                version=_read_version(connection),
-                shape=schema.read_shape(self.backend),
+                version=version,
+                shape=schema.read_shape(self.backend, schema.layout_of(version)),
                 durable=DURABLE,
                 wanted=WANTED,
                 answers={name: _answer(connection, query) for name, query in CHECKS.items()},
@@ -1969,6 +2439,21 @@ class PostgreSQLStore(BaseStore):
                 yield PostgreSQLSchema(connection, self._place)
             except psycopg.Error as error:
                 raise self._error(self._fault(error) or Fault.REFUSED, error) from error
+
+    @contextmanager
+    def _partition_session(self, timeout: float) -> Iterator[PostgreSQLPartitions]:
+        with self._schema_session(timeout) as session:
+            connection = session.connection
+            found = schema.require_version(_read_version(connection), self._place)
+            owner, member, present = connection.execute(SELECT_EVENTS_OWNER).fetchall()[0]
+            if not member:
+                raise StoreRefused(
+                    f"{self._place}: partitions are made by the owner of the table events, {owner}"
+                )
+            if not present:  # what is made belongs to the owner, too
+                connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
+            self._partitioned = found.layout == "partitioned"
+            yield PostgreSQLPartitions(connection, self)
 
     @contextmanager
     def _administration(self, names: Names) -> Iterator[PostgreSQLAdministrator]:
@@ -2095,27 +2580,27 @@ class PostgreSQLSchema:
     backend = PostgreSQLStore.backend
 
     def __init__(self, connection: psycopg.Connection[Any], place: str) -> None:
-        self._connection = connection
+        self.connection = connection
         self.place = place
 
     def read_version(self) -> schema.SchemaVersion | None:
-        return _read_version(self._connection)
+        return _read_version(self.connection)
 
     def read_checksums(self) -> dict[int, str | None]:
-        return dict(self._connection.execute(SELECT_CHECKSUMS).fetchall())
+        return dict(self.connection.execute(SELECT_CHECKSUMS).fetchall())
 
     def read_columns(self) -> dict[str, set[str]]:
-        return base.by_table(self._connection.execute(SELECT_COLUMNS).fetchall())
+        return base.by_table(self.connection.execute(SELECT_COLUMNS).fetchall())
 
     def holds(self, query: str) -> bool:
-        return self._connection.execute(query).fetchone() is not None
+        return self.connection.execute(query).fetchone() is not None
 
     def run(self, statement: str) -> None:
-        self._connection.execute(statement)
+        self.connection.execute(statement)
 
     def has_rows(self, table: str) -> bool:
         statement = sql.SQL(HAS_ROWS).format(table=sql.Identifier(table))
-        return self._connection.execute(statement).fetchone() is not None
+        return self.connection.execute(statement).fetchone() is not None
 
     def around(self, contents: Contents) -> tuple[list[str], list[str]]:
         words = {
@@ -2128,10 +2613,218 @@ class PostgreSQLSchema:
 
     def record(self, version: int, name: str, checksum: str | None) -> None:
         row = {"version": version, "name": name, "checksum": checksum}
-        self._connection.execute(RECORD_VERSION, row)
+        self.connection.execute(RECORD_VERSION, row)
 
     def transaction(self) -> AbstractContextManager[object]:
-        return self._connection.transaction()
+        return self.connection.transaction()
+
+
+class PostgreSQLPartitions:
+    """The partitions of events, under the schema lock; implements PartitionSession."""
+
+    def __init__(self, connection: psycopg.Connection[Any], store: PostgreSQLStore) -> None:
+        self.place = store._place  # noqa: SLF001  (a store's other half)
+        self.longest_wait = 0.0
+        self._lock_ms = SHORTEST_LOCK_MS
+        self._connection = connection
+        self._store = store
+
+    def passing(self, error: Exception) -> bool:
+        return self._store._fault(error) in PASSING_FAULTS  # noqa: SLF001
+
+    def is_partitioned(self) -> bool:
+        return _is_partitioned(self._connection)
+
+    def read_partitions(self, *, aside: bool = False) -> list[Partition]:
+        table = {"table": "events_partitioned" if aside else "events"}
+        return [Partition(*row) for row in self._connection.execute(SELECT_PARTITIONS, table)]
+
+    def first_event(self) -> int | None:
+        [(first,)] = self._connection.execute(SELECT_FIRST_EVENT).fetchall()
+        return cast("int | None", first)
+
+    # --- Converting -------------------------------------------------------------------------------
+
+    def prepare(self, spans: Sequence[Span]) -> None:
+        script = schema.schema_file("postgresql-partitioned.sql").read_text(encoding="utf-8")
+        *tables, foreign_key = schema.split_script(script, PostgreSQLStore.backend)
+        if not self._has("events_partitioned"):
+            with self._connection.transaction():
+                for statement in tables:
+                    self._connection.execute(statement)
+                self._create("older", None, spans[0].start)
+                for span in spans:
+                    self._create(span.suffix, *span)
+                self._create("rest", None, None)
+                self._connection.execute(GRANT_AS_EVENTS)
+        if not self._foreign_keys("events_partitioned"):
+            with self._locked("LOCK TABLE sessions IN SHARE ROW EXCLUSIVE MODE"):
+                self._connection.execute(foreign_key)
+        valid = self._connection.execute(SELECT_SEQ_INDEX).fetchone()
+        if valid is None or not valid[0]:
+            self._connection.execute(DROP_SEQ_INDEX)
+            self._connection.execute(CREATE_SEQ_INDEX)
+
+    def _create(self, suffix: str, start: int | None, end: int | None) -> None:
+        statement = CREATE_PARTITION if end is not None else CREATE_REST
+        first: sql.Composable = sql.SQL("MINVALUE") if start is None else sql.Literal(start)
+        self._execute(
+            statement,
+            name=sql.Identifier(f"events_{suffix}"),
+            table=sql.Identifier("events_partitioned"),
+            start=first,
+            end=sql.Literal(end),
+        )
+
+    def copied(self) -> int:
+        return int(self._connection.execute(SELECT_COPIED).fetchall()[0][0])
+
+    def watermark(self) -> int:
+        # The lock waits for everybody who is storing: what is unseen afterwards has a higher seq.
+        with self._locked("LOCK TABLE events IN SHARE MODE"):
+            return int(self._connection.execute(SELECT_LAST_SEQ).fetchall()[0][0])
+
+    def copy(self, after: int, upto: int, rows: int) -> tuple[int, int]:
+        chunk = {"after": after, "upto": upto, "rows": rows}
+        [(copied, last)] = self._connection.execute(COPY_CHUNK, chunk).fetchall()
+        return (copied, last) if copied else (0, upto)
+
+    def refresh(self) -> None:
+        self._connection.execute("VACUUM (ANALYZE) events_partitioned")
+        self._connection.execute("VACUUM (ANALYZE) event_ids")
+
+    def compare(self, upto: int) -> list[tuple[str, int, int]]:
+        return self._connection.execute(COMPARE_COPIES, {"upto": upto}).fetchall()
+
+    def purge(self, ids: Sequence[str]) -> None:
+        self._connection.execute(PURGE_COPIES, {"session_ids": list(ids)})
+
+    def switch(self, after: int) -> int:
+        # Not sessions, which whoever stores an event locks before it or after it: a session that is
+        # deleted meanwhile takes its events out of both tables, by a foreign key of each.
+        copied = 0
+        with self._locked("LOCK TABLE events, events_partitioned IN ACCESS EXCLUSIVE MODE"):
+            [(last,)] = self._connection.execute(SELECT_LAST_SEQ).fetchall()
+            while after < last:
+                rows, after = self.copy(after, last, base.CHUNK_ROWS)
+                copied += rows
+            self._connection.execute(GO_ON_COUNTING)
+            self._connection.execute(SWAP_TABLES)
+            self._connection.execute(RECORD_LAYOUT)
+        return copied
+
+    def record_layout(self) -> None:
+        """Nothing to do: it was recorded in the transaction that changed it."""
+
+    # --- Adding and dropping ----------------------------------------------------------------------
+
+    def add(self, spans: Sequence[Span]) -> None:
+        with_compression = self._connection.info.server_version >= COMPRESSION_SINCE
+        more = " INCLUDING STORAGE" + " INCLUDING COMPRESSION" * with_compression
+        for span in spans:
+            words: dict[str, sql.Composable] = {
+                "name": sql.Identifier(f"events_{span.suffix}"),
+                "start": sql.Literal(span.start),
+                "end": sql.Literal(span.end),
+            }
+            if self._has(f"events_{span.suffix}"):
+                continue
+            with self._locked(*LOCK_PARTITIONS):
+                self._execute(CREATE_ASIDE, name=words["name"], more=sql.SQL(more))
+                self._execute(MOVE_FROM_REST, **words)
+                self._execute(ATTACH_PARTITION, **words)
+        # autovacuum looks at partitions only, never at the table that they belong to.
+        self._connection.execute("ANALYZE events")
+
+    def sessions_of(self, partition: str | None) -> list[str]:
+        table = sql.Identifier(partition or "events_retired")
+        query = sql.SQL(SELECT_SESSIONS_OF).format(table=table)
+        return [row[0] for row in self._connection.execute(query)]
+
+    def prunable(self, older_than: int) -> dict[str, str | None]:
+        return dict(self._store._select_prunable(self._connection, older_than))  # noqa: SLF001
+
+    def has_retired(self) -> bool:
+        return self._has("events_retired")
+
+    def retire(self, partition: Partition) -> None:
+        name = sql.Identifier(partition.name)
+        with self._locked(*LOCK_PARTITIONS):
+            self._execute(DETACH_PARTITION, name=name)
+            self._execute(RENAME_RETIRED, name=name)
+            self._connection.execute(GUARD_RETIRED)
+            if partition.start is None:
+                self._execute(
+                    CREATE_PARTITION,
+                    name=name,
+                    table=sql.Identifier("events"),
+                    start=sql.SQL("MINVALUE"),
+                    end=sql.Literal(partition.end),
+                )
+
+    def free_retired(self) -> None:
+        # Alone, since this lock stops readers, too, and who stores an event asks for sessions last.
+        for key in self._foreign_keys("events_retired"):
+            with self._locked("LOCK TABLE sessions IN ACCESS EXCLUSIVE MODE"):
+                self._execute(FREE_RETIRED, constraint=sql.Identifier(key))
+                self._connection.execute(UNGUARD_RETIRED)
+
+    def settle(self, ids: Sequence[str], older_than: int) -> int:
+        given = list(ids)
+        with self._connection.transaction():
+            store = self._store
+            deleted = store._delete_prunable(self._connection, given, older_than)  # noqa: SLF001
+            self._connection.execute(GIVE_BACK, {"session_ids": given})
+        return deleted
+
+    def forget_ids(self, after: Any, rows: int) -> Any:
+        session_id, timestamp, seq = after or ("", 0, 0)
+        place = {"session_id": session_id, "timestamp": timestamp, "seq": seq, "rows": rows}
+        return self._connection.execute(FORGET_IDS, place).fetchone()
+
+    def drop_retired(self) -> None:
+        self._connection.execute("DROP TABLE events_retired")
+
+    def unpartitioned_only(self) -> int | None:
+        if not self._has("events_unpartitioned"):
+            return None
+        [(only,)] = self._connection.execute(SELECT_UNPARTITIONED_ONLY).fetchall()
+        return int(only)
+
+    def drop_unpartitioned(self) -> None:
+        with self._locked("LOCK TABLE sessions IN ACCESS EXCLUSIVE MODE"):  # the foreign key's
+            self._connection.execute("DROP TABLE events_unpartitioned")
+
+    def _foreign_keys(self, table: str) -> list[str]:
+        keys = self._connection.execute(SELECT_FOREIGN_KEYS, {"table": table}).fetchall()
+        return [key for (key,) in keys]
+
+    def _has(self, table: str) -> bool:
+        return self._connection.execute(SELECT_TABLES, {"names": [table]}).fetchone() is not None
+
+    def _execute(self, statement: LiteralString, **words: sql.Composable) -> None:
+        self._connection.execute(sql.SQL(statement).format(**words))
+
+    @contextmanager
+    def _locked(self, *locks: LiteralString) -> Iterator[None]:
+        """A transaction that stops writers; how long, at most, is remembered.
+
+        Whoever comes while a lock is waited for waits, too: a little longer each time in vain.
+        """
+        asked = time.monotonic()
+        try:
+            with self._connection.transaction():
+                timeout = {"lock": f"{self._lock_ms}ms"}
+                self._connection.execute(SET_LOCK_TIMEOUT, timeout)
+                for lock in locks:
+                    self._connection.execute(lock)
+                yield
+            self._lock_ms = SHORTEST_LOCK_MS
+        except pg.LockNotAvailable:
+            self._lock_ms = min(2 * self._lock_ms, LONGEST_LOCK_MS)
+            raise
+        finally:
+            self.longest_wait = max(self.longest_wait, time.monotonic() - asked)
 
 
 class PostgreSQLAdministrator:
@@ -2219,7 +2912,8 @@ class PostgreSQLAdministrator:
                     connection.execute(sql.SQL(statement).format(**self._identifiers))
             connection.execute(sql.SQL("SET ROLE {owner}").format(**self._identifiers))
             with connection.transaction():
-                for statement in GRANT_ACCESS:
+                partitioned = GRANT_PARTITIONED_ACCESS if _is_partitioned(connection) else ()
+                for statement in (*GRANT_ACCESS, *partitioned):
                     connection.execute(sql.SQL(statement).format(**self._identifiers))
             return bool(before != connection.execute(SELECT_ACCESS).fetchall())
 
@@ -2257,6 +2951,11 @@ def _read_version(connection: psycopg.Connection[Any]) -> schema.SchemaVersion |
             "schema_version is a table of another program: use an empty database"
         ) from None
     return schema.SchemaVersion(*row) if row else None
+
+
+def _is_partitioned(connection: psycopg.Connection[Any]) -> bool:
+    found = _read_version(connection)
+    return found is not None and found.layout == "partitioned"
 
 
 def _answer(connection: psycopg.Connection[Any], query: str) -> list[Any] | None:

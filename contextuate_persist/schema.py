@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: The schema that this version of the library reads and writes.
 SCHEMA_VERSION = 1
+#: How the table of events may be laid out.
+LAYOUTS = ("plain", "partitioned")
 
 
 class SchemaVersion(NamedTuple):
@@ -94,9 +96,9 @@ def require_version(found: SchemaVersion | None, place: str) -> SchemaVersion:
             f"{place} has schema version {found.version}, this library knows {SCHEMA_VERSION}: "
             "install a newer contextuate-persist"
         )
-    if found.layout != "plain":
+    if found.layout not in LAYOUTS:
         raise SchemaError(
-            f"{place} has the layout {found.layout!r}, this library knows 'plain': "
+            f"{place} has the layout {found.layout!r}, this library knows {', '.join(LAYOUTS)}: "
             "install a newer contextuate-persist"
         )
     return found
@@ -221,9 +223,19 @@ def base_migration(backend: str) -> Migration:
     return Migration(SCHEMA_VERSION, "base schema", backend == "postgresql", steps, None)
 
 
-def read_shape(backend: str) -> frozenset[str]:
+def layout_of(found: SchemaVersion | None) -> str:
+    """The layout of a database, that of a new one if it has none yet or one that is unknown."""
+    return found.layout if found and found.layout in LAYOUTS else LAYOUTS[0]
+
+
+def shape_file(backend: str, layout: str) -> str:
+    """The name of the file that says what a database of a layout looks like."""
+    return f"{backend}-shape.txt" if layout == "plain" else f"{backend}-{layout}-shape.txt"
+
+
+def read_shape(backend: str, layout: str = "plain") -> frozenset[str]:
     """What the current schema makes, a line for each column, index and rule, to compare with."""
-    text = schema_file(f"{backend}-shape.txt").read_text(encoding="utf-8")
+    text = schema_file(shape_file(backend, layout)).read_text(encoding="utf-8")
     return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))
 
 

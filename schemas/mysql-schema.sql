@@ -386,6 +386,18 @@ BEGIN
     WHERE p.shown
     ON DUPLICATE KEY UPDATE
         deleted_at = GREATEST(deleted_sessions.deleted_at, VALUES(deleted_at));
+    -- Where events is partitioned it has no foreign key.
+    IF EXISTS (
+        SELECT 1 FROM information_schema.tables AS t
+        WHERE t.table_schema = DATABASE() AND t.table_name = 'event_ids'
+    ) THEN
+        DELETE i
+        FROM sessions_to_prune AS p
+        JOIN events AS e ON e.session_id = p.session_id
+        JOIN event_ids AS i ON i.id = e.id;
+        DELETE e
+        FROM sessions_to_prune AS p JOIN events AS e ON e.session_id = p.session_id;
+    END IF;
     DELETE s FROM sessions AS s JOIN sessions_to_prune AS p ON p.session_id = s.session_id;
     COMMIT;
     DROP TEMPORARY TABLE sessions_to_prune;
@@ -395,10 +407,11 @@ DELIMITER ;
 
 -- Partitioning ------------------------------------------------------------------------------------
 --
--- events is one table. MySQL's partitioned tables have no foreign keys, and each unique key of theirs
--- must contain the partition column, so an event delivered again with another timestamp would be a
--- second row: never partition this table by hand. schema_version.layout tells the library which
--- layout it finds.
+-- events is one table. `contextuate-persist partition` makes it one with a partition for each month,
+-- week or day, whose retention drops whole partitions; mysql-partitioned.sql says how. MySQL's
+-- partitioned tables have no foreign keys, and each unique key of theirs must contain the partition
+-- column, so an event delivered again with another timestamp would be a second row: never partition
+-- this table by hand.
 
 -- Version -----------------------------------------------------------------------------------------
 

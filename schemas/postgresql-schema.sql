@@ -530,11 +530,13 @@ COMMENT ON TRIGGER trigger_sessions_updated_at ON sessions IS 'Keeps updated_at'
 
 -- Partitioning ------------------------------------------------------------------------------------
 --
--- events is one table: up to some ten million rows every query above stays an index range, and an id
--- is unique by its primary key alone. A partitioned table's keys must contain the partition column, so
--- there PRIMARY KEY (id) is not possible, and an event delivered again with another timestamp would
--- be a second row: never partition this table by hand with PARTITION BY RANGE (timestamp) alone.
--- schema_version.layout tells the library which layout it finds.
+-- events is one table: every query above is an index range, and an id is unique by its primary key
+-- alone. `contextuate-persist partition` makes it one with a partition for each month, week or day,
+-- whose retention drops whole partitions; postgresql-partitioned.sql says how. A partitioned table's
+-- keys must contain the partition column, so there PRIMARY KEY (id) is not possible, and an event
+-- delivered again with another timestamp would be a second row: never partition this table by hand
+-- with PARTITION BY RANGE (timestamp) alone. schema_version.layout tells the library which layout it
+-- finds.
 
 -- Version -----------------------------------------------------------------------------------------
 

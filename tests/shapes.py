@@ -9,16 +9,16 @@ from contextuate_persist import schema
 from tests import servers
 from tests.conftest import Database, new_database
 
-HEADING = (
-    "# What {backend}-schema.sql makes, for `contextuate-persist check`: python -m tests.shapes\n"
-)
+HEADING = "# What {made} makes, for `contextuate-persist check`: python -m tests.shapes\n"
 
 
 def shape(database: Database) -> str:
     """The shape of a database, as its file has it."""
     rows = database.owner()._examine().answers["shape"] or []
     lines = sorted(f"{row[0]}\n" for row in rows)
-    return HEADING.format(backend=database.backend) + "".join(lines)
+    partitioned = any("event_ids" in line for line in lines)
+    made = "`contextuate-persist partition`" if partitioned else f"{database.backend}-schema.sql"
+    return HEADING.format(made=made) + "".join(lines)
 
 
 def main() -> None:
@@ -26,7 +26,13 @@ def main() -> None:
         with start() as server:
             database = new_database(server)
             database.owner().apply_schema()
-            schema.schema_file(f"{server.kind}-shape.txt").write_text(shape(database))
+            for layout in schema.LAYOUTS:
+                if layout == "partitioned":
+                    database.owner().partition_events()
+                name = schema.shape_file(server.kind, layout)
+                file = schema.schema_file("sample-data.sql").parent / name
+                file.touch()
+                file.write_text(shape(database))
 
 
 if __name__ == "__main__":
