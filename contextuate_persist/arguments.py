@@ -19,6 +19,7 @@ from contextuate_persist.config import (
 from contextuate_persist.console import tell
 from contextuate_persist.errors import InvalidRecord
 from contextuate_persist.model import Cursor, SessionStatus, shown
+from contextuate_persist.partitions import AHEAD
 from contextuate_persist.transfer import parse_json
 
 PROGRAM = "contextuate-persist"
@@ -161,6 +162,12 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    _add_partition(
+        command(
+            "partition",
+            "make the table of events one with partitions, as its owner, while writers go on",
+        )
+    )
     _add_spool(command("spool", "what waits on this machine for the database: see it, store it"))
     _add_dead(command("dead", "what was set aside since no database takes it: see it, try again"))
     _add_forget(
@@ -175,6 +182,25 @@ def make_parser() -> argparse.ArgumentParser:
     _add_hook(command("hook", "have Claude Code tell what it does: a command in its settings"))
     _add_bench(command("bench", "measure a server, in a schema or database of its own there"))
     return parser
+
+
+def _add_partition(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--by",
+        choices=list(AHEAD),
+        help="how long a partition is (month); on a partitioned database, what it is already",
+    )
+    coming = ", ".join(f"{number} for {unit}" for unit, number in AHEAD.items())
+    parser.add_argument(
+        "--ahead", metavar="N", type=_limit, help=f"how many coming ones to have ({coming})"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="list the partitions, only")
+    what.add_argument(
+        "--discard-old",
+        action="store_true",
+        help="drop the old table, if every event of it is in the partitions",
+    )
 
 
 def _seconds(text: str) -> float:

@@ -263,6 +263,48 @@ def _check(args: argparse.Namespace) -> int:
     return show_findings(_store(args).check(), json=args.json)
 
 
+def _partition(args: argparse.Namespace) -> int:
+    bar = ProgressBar("partition", percent=True)
+    with _owned_store(args) as store:
+        if args.list:
+            return _list_partitions(args, store)
+        if args.discard_old:
+            changed = store.discard_unpartitioned()
+            if args.json:
+                show_json([{"changed": changed}])
+            else:
+                show(["events_unpartitioned dropped" if changed else "there is no old table"])
+            return 0
+        try:
+            done = store.partition_events(args.by, ahead=args.ahead, progress=bar)
+        finally:
+            bar.clear()
+    if args.json:
+        show_json([{_camel(name): value for name, value in dataclasses.asdict(done).items()}])
+        return 0
+    waited = f"writers waited for {done.longest_wait_ms:,.0f} ms at most"
+    if done.converted:
+        show([f"events is partitioned by {done.by}, into {len(done.added)}: {waited}"])
+        tell(
+            "the old table stays aside as events_unpartitioned, without a use: "
+            "`partition --discard-old` drops it"
+        )
+    elif done.added:
+        show([f"events is partitioned by {done.by} already; added {', '.join(done.added)}"])
+    else:
+        show([f"events is partitioned by {done.by} already: nothing to do"])
+    return 0
+
+
+def _list_partitions(args: argparse.Namespace, store: BaseStore) -> int:
+    found = store.partitions()
+    if args.json:
+        show_json(dataclasses.asdict(partition) for partition in found)
+    else:
+        show(display.partition_table(found, terminal_width()))
+    return 0
+
+
 def _setup(args: argparse.Namespace) -> int:
     # Who uses the library daily never needs it.
     from contextuate_persist import setup  # noqa: PLC0415
@@ -347,6 +389,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "watch": _watch,
     "status": _status,
     "check": _check,
+    "partition": _partition,
     "setup": _setup,
     "spool": _spool,
     "dead": _dead,

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from contextuate_persist.model import MonitorEvent, SessionMeta, SessionNode
+from contextuate_persist.partitions import Partition
 
 # C0, DEL, C1; invisible and bidirectional format characters; line separators; surrogates; tags.
 _UNSAFE = re.compile(
@@ -154,6 +155,30 @@ def session_table(sessions: Iterable[SessionMeta], width: int) -> Iterator[str]:
         for session in sessions
     )
     return table(_SESSION_COLUMNS, rows, width)
+
+
+_PARTITION_COLUMNS = (
+    Column("PARTITION", 16),
+    Column("FROM", 17),
+    Column("BEFORE", 17),
+    Column("EVENTS", 14, right=True),
+    Column("SIZE", 12, right=True),
+)
+
+
+def partition_table(partitions: Iterable[Partition], width: int) -> Iterator[str]:
+    """Partitions as a table, in the order given; how many events is an estimate."""
+    rows = (
+        (
+            partition.name,
+            "" if partition.start is None else iso_time(partition.start, precision="minutes"),
+            "" if partition.end is None else iso_time(partition.end, precision="minutes"),
+            f"{partition.rows:,}",
+            f"{partition.bytes / 2**20:,.1f} MiB",
+        )
+        for partition in partitions
+    )
+    return table(_PARTITION_COLUMNS, rows, width)
 
 
 def tree_lines(nodes: Sequence[SessionNode], width: int) -> Iterator[str]:
