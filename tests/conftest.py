@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import secrets
 import signal
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from contextuate_persist import open_store
+from contextuate_persist import open_store, schema
 from contextuate_persist.base import BaseStore
 from contextuate_persist.mysql_store import MySQLStore
+from contextuate_persist.partitions import Span
 from contextuate_persist.postgresql_store import PostgreSQLStore
 from tests import servers
 from tests.authority import Authority
+from tests.builders import T0
 from tests.proxy import Proxy
 
 BACKENDS = ("postgresql", "mysql")
@@ -55,6 +58,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("backend") or BACKENDS
         metafunc.parametrize("backend", chosen, scope="session")
+        # Where it matters, a test holds for both layouts of the table of events.
+        names = getattr(metafunc.module, "BOTH_LAYOUTS", None)
+        of_both = names is not None and re.search(names, metafunc.function.__name__)
+        if of_both and "database" in metafunc.fixturenames:
+            metafunc.parametrize("layout", schema.LAYOUTS, scope="session")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -101,6 +109,7 @@ class Database:
     name: str
     user: str
     password: str
+    layout: str = "plain"
 
     @property
     def owner_url(self) -> str:
@@ -117,7 +126,9 @@ class Database:
         return self.server.execute(statement, self.name)
 
     def clear(self) -> None:
-        tables = ("sessions", "deleted_sessions")
+        tables: tuple[str, ...] = ("sessions", "deleted_sessions")
+        if self.layout == "partitioned":  # MySQL's have no foreign key
+            tables = ("event_ids", "events", *tables)
         for table in tables:
             self.execute(f"DELETE FROM {table}")
 
@@ -169,11 +180,42 @@ def _shared_database(server: servers.Server) -> Iterator[Database]:
     database.drop()
 
 
+@pytest.fixture(scope="session")
+def _partitioned_database(server: servers.Server) -> Iterator[Database]:
+    """One whose partitions are so short that every test has events in several."""
+    database = replace(new_database(server), layout="partitioned")
+    database.owner().apply_schema()
+    bounds = [T0, T0 + 3, T0 + 10, T0 + 1000, T0 + 60_000]
+    with database.owner()._partition_session(60) as session:
+        session.prepare([ShortSpan(*span) for span in itertools.pairwise(bounds)])
+        session.switch(0)
+    yield database
+    database.drop()
+
+
+class ShortSpan(Span):
+    """The bounds of a partition that is shorter than a day."""
+
+    @property
+    def suffix(self) -> str:
+        return f"from_{self.start}"
+
+
+@pytest.fixture(scope="session")
+def layout() -> str:
+    """The layout of the table of events. BOTH_LAYOUTS of a module names, as a regular
+    expression, those of its tests that run on both.
+    """
+    return "plain"
+
+
 @pytest.fixture
-def database(_shared_database: Database) -> Database:
+def database(server: servers.Server, layout: str, request: pytest.FixtureRequest) -> Database:
     """A database with the schema and nothing in it."""
-    _shared_database.clear()
-    return _shared_database
+    name = "_shared_database" if layout == "plain" else "_partitioned_database"
+    found: Database = request.getfixturevalue(name)
+    found.clear()
+    return found
 
 
 @pytest.fixture

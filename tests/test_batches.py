@@ -20,6 +20,8 @@ from contextuate_persist.mysql_store import _Sending
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
 
+BOTH_LAYOUTS = "once|repeats|deleted|refuses_is_found|ctrl_c|equal"
+
 MANY = 300
 
 

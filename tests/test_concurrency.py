@@ -11,6 +11,8 @@ from contextuate_persist.base import BaseStore
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
 
+BOTH_LAYOUTS = "events|delet|late"
+
 THREADS = 16
 
 

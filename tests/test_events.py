@@ -15,6 +15,8 @@ from contextuate_persist.base import BaseStore
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
 
+BOTH_LAYOUTS = "save|stored|once|again|pag|order|by_id|bisection"
+
 # --- Once -----------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ from contextuate_persist.base import BaseStore
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database
 
+BOTH_LAYOUTS = ""
+
 MARKER = "mark-7f3a"
 TABLES = {
     "sessions": "session_id, machine_id, working_directory, parent_session_id, "

@@ -23,6 +23,8 @@ from contextuate_persist.base import BaseStore
 from tests.builders import T0, event, session
 from tests.conftest import Database
 
+BOTH_LAYOUTS = "delet|prun"
+
 DAY = 86_400_000
 
 FULL = SessionMeta(

@@ -22,6 +22,8 @@ from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store
 from tests.test_concurrency import run
 
+BOTH_LAYOUTS = "deleted"
+
 
 def totals(store: BaseStore, session_id: str) -> tuple[int, int, int | None, int | None]:
     found = store.get_session(session_id)
