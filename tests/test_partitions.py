@@ -1,0 +1,858 @@
+"""Partitions: converting while others write, once over all of them, dropping what is due."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contextuate_persist import (
+    MonitorEvent,
+    StoreRefused,
+    StoreUnavailable,
+    doctor,
+    partitions,
+    records,
+    schema,
+)
+from contextuate_persist.backup import backup, restore
+from contextuate_persist.base import BaseStore
+from contextuate_persist.cli import main
+from contextuate_persist.doctor import Level
+from contextuate_persist.errors import ConfigurationError, SchemaError, SessionNotFound
+from tests import servers
+from tests.builders import T0, event, session
+from tests.conftest import Database, make_store, new_database
+from tests.shapes import shape
+
+DAY = 86_400_000
+#: So that a conversion makes few partitions.
+RECENT = time.time_ns() // 1_000_000 - 60 * DAY
+HEX_IDS = {"postgresql": "REPLACE(id::text, '-', '')", "mysql": "LOWER(HEX(id))"}
+
+
+@pytest.fixture
+def plain(server: servers.Server) -> Iterator[Database]:
+    """A database of its own, whose events are one table yet."""
+    database = new_database(server)
+    database.owner().apply_schema()
+    yield database
+    database.drop()
+
+
+@pytest.fixture
+def converted(plain: Database) -> Database:
+    """One with partitions by month, up to the next month; its old table is gone."""
+    plain.owner().partition_events("month", ahead=1)
+    plain.owner().discard_unpartitioned()
+    return plain
+
+
+@pytest.fixture
+def partitioned(plain: Database) -> Database:
+    """One with partitions for the half year that T0 begins."""
+    with plain.owner()._partition_session(60) as session:
+        session.prepare(partitions.periods("month", T0, T0 + 150 * DAY))
+        session.switch(0)
+    plain.owner().discard_unpartitioned()
+    return plain
+
+
+def ids_of(database: Database, table: str = "events") -> list[str]:
+    rows = database.execute(f"SELECT {HEX_IDS[database.backend]} FROM {table}")
+    return sorted(row[0] for row in rows)
+
+
+def check_whole(database: Database) -> list[str]:
+    """Every event once, with its id and its session; their ids."""
+    stored = ids_of(database)
+    assert len(stored) == len(set(stored))
+    assert stored == ids_of(database, "event_ids")
+    same = database.execute(
+        "SELECT count(*) FROM events e JOIN event_ids i "
+        "ON i.id = e.id AND i.seq = e.seq AND i.timestamp = e.timestamp "
+        "JOIN sessions s ON s.session_id = e.session_id"
+    )
+    assert same[0][0] == len(stored)
+    return stored
+
+
+def hexes(events: list[MonitorEvent]) -> list[str]:
+    return sorted(one.id.replace("-", "") for one in events)
+
+
+# --- Open stores ----------------------------------------------------------------------------------
+
+
+def save_one_by_one(store: BaseStore, events: list[MonitorEvent]) -> int:
+    return sum(map(store.save_event, events))
+
+
+def save_few(store: BaseStore, events: list[MonitorEvent]) -> int:
+    return sum(store.save_events(events[start : start + 3]) for start in range(0, len(events), 3))
+
+
+def save_many(store: BaseStore, events: list[MonitorEvent]) -> int:
+    return store.save_events(events)
+
+
+def save_encoded(store: BaseStore, events: list[MonitorEvent]) -> int:
+    return store.save_rows([store._encode(records.check_event(one)) for one in events]).stored
+
+
+WAYS = [save_one_by_one, save_few, save_many, save_encoded]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_open_store_goes_on_in_every_way_when_events_is_partitioned(
+    plain: Database, known: bool
+) -> None:
+    before = [event("s", RECENT + number) for number in range(20)]
+    stores = [make_store(plain.url) for _ in WAYS]
+    for store in stores:
+        store.init()
+    stores[0].save_events(before)
+    for store in stores:
+        for _ in range(6):  # until statements are prepared
+            store.save_event(before[0])
+            store.get_event_by_id("s", before[0].id)
+    plain.owner().partition_events()
+    after: list[MonitorEvent] = []
+    for number, (way, store) in enumerate(zip(WAYS, stores, strict=True)):
+        name = "s" if known else f"new {number}"
+        events = [event(name, RECENT + 40 * DAY * n) for n in range(12)]
+        assert way(store, [*events, before[0]]) == 12
+        assert way(store, events) == 0
+        assert store.get_event_by_id(name, events[5].id) == events[5]
+        assert store.get_events(name, after=RECENT)[-1] == events[-1]
+        assert store.health().schema_layout == "partitioned"
+        after += events
+        store.close()
+    assert check_whole(plain) == hexes(before + after)
+
+
+def test_an_open_store_that_repeats_itself_notices_the_partitions(plain: Database) -> None:
+    events = [event("s", RECENT + number) for number in range(30)]
+    with make_store(plain.url) as store:
+        store.save_events(events)
+        store.save_events([*events, event("t")])  # a streak of repeats begins
+        plain.owner().partition_events()
+        assert store.save_events([*events, event("u")]) == 1
+    check_whole(plain)
+
+
+@pytest.mark.parametrize("delete", ["one", "all", "prune"])
+def test_an_open_store_deletes_whole_sessions_also_from_partitions(
+    plain: Database, delete: str
+) -> None:
+    with make_store(plain.url) as store:
+        for name in ("a", "b"):
+            store.save_session(
+                session(name, start_time=RECENT, end_time=RECENT + DAY, status="completed")
+            )
+            store.save_events([event(name, RECENT + 20 * DAY * number) for number in range(6)])
+        plain.owner().partition_events()
+        if delete == "one":
+            store.delete_session("a")
+            store.delete_session("b")
+        elif delete == "all":
+            store.delete_all_sessions()
+        else:
+            store.prune_old_sessions(RECENT + 400 * DAY)
+    for table in ("events", "event_ids", "events_unpartitioned", "sessions"):
+        assert plain.execute(f"SELECT count(*) FROM {table}")[0][0] == 0
+
+
+def test_events_come_once_whatever_comes_with_their_id(partitioned: Database) -> None:
+    first = event("s", T0)
+    others = [
+        event("s", T0 + 1, id=first.id),
+        event("s", T0 + 70 * DAY, id=first.id),
+        event("t", T0 + 1000 * DAY, id=first.id),
+        event("t", T0, id=first.id),
+    ]
+    with make_store(partitioned.url) as store:
+        assert store.save_event(first) is True
+        for other in others:
+            assert store.save_event(other) is False
+            assert store.save_events([other]) == 0
+            assert store.save_events([other, *(event("u", T0) for _ in range(20))]) == 20
+        assert store.get_session("t") is None
+        assert store.get_events("s") == [first]
+        assert store.get_event_by_id("t", first.id) is None
+    check_whole(partitioned)
+
+
+def test_deleters_and_writers_leave_no_event_and_no_id_behind(partitioned: Database) -> None:
+    names = [f"s{number}" for number in range(4)]
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def work(act: Callable[[BaseStore, random.Random], Any], seed: int) -> None:
+        chance = random.Random(seed)
+        try:
+            with make_store(partitioned.url, pool_size=1) as store:
+                while not stop.is_set():
+                    act(store, chance)
+        except BaseException as error:
+            failures.append(error)
+
+    def now() -> int:  # newer than every deletion
+        return time.time_ns() // 1_000_000 + 3_600_000
+
+    def one(store: BaseStore, chance: random.Random) -> None:
+        store.save_event(event(chance.choice(names), now()))
+
+    def many(store: BaseStore, chance: random.Random) -> None:
+        store.save_events(
+            [event(chance.choice(names), now()) for _ in range(chance.choice([2, 20]))]
+        )
+
+    def delete(store: BaseStore, chance: random.Random) -> None:
+        with contextlib.suppress(SessionNotFound):
+            store.delete_session(chance.choice(names))
+        time.sleep(0.01)
+
+    acts = [one, one, many, many, delete, delete]
+    threads = [threading.Thread(target=work, args=(act, seed)) for seed, act in enumerate(acts)]
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    check_whole(partitioned)
+
+
+# --- Converting -----------------------------------------------------------------------------------
+
+
+class Writers:
+    """Threads that store, delete and store again, each in sessions of its own."""
+
+    def __init__(self, database: Database, number: int = 3) -> None:
+        self.database = database
+        self.failures: list[BaseException] = []
+        self.kept: list[MonitorEvent] = []
+        self.longest = 0.0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._work, args=(seed,)) for seed in range(number)
+        ]
+
+    def __enter__(self) -> Writers:  # noqa: PYI034 - Self needs Python 3.11
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, seed: int) -> None:
+        try:
+            with make_store(self.database.url, pool_size=1, lock_timeout=30.0) as store:
+                turn = 0
+                while not self._stop.is_set():
+                    turn += 1
+                    started = time.monotonic()
+                    self._turn(store, f"{seed} {turn}", turn)
+                    self.longest = max(self.longest, time.monotonic() - started)
+        except BaseException as error:
+            self.failures.append(error)
+
+    def _turn(self, store: BaseStore, name: str, turn: int) -> None:
+        events = [event(name, RECENT + DAY * (turn % 90) + n) for n in range((1, 4, 60)[turn % 3])]
+        if len(events) == 1:
+            store.save_event(events[0])
+        else:
+            store.save_events(events)
+        if turn % 5 == 0:
+            store.delete_session(name)
+            if turn % 10 == 0:  # the same ids again
+                assert store.save_events(events[::2], undelete=True) == len(events[::2])
+                events = events[::2]
+            else:
+                events = []
+        with self._lock:
+            self.kept += events
+
+
+def test_nothing_is_lost_or_doubled_while_events_is_partitioned(plain: Database) -> None:
+    before = [event(f"old {n % 40}", RECENT + n * DAY // 50) for n in range(4000)]
+    with make_store(plain.url) as store:
+        store.save_events(before)
+        with Writers(plain) as writers:
+            time.sleep(0.5)
+            seen: list[tuple[int, int]] = []
+            done = plain.owner().partition_events(
+                "week", progress=lambda reached, last: seen.append((reached, last))
+            )
+            time.sleep(0.5)
+        assert writers.failures == []
+        assert done.converted
+        assert done.copied >= len(before)
+        assert 0 < done.longest_wait_ms < 10_000
+        assert seen[-1][0] <= seen[-1][1]
+        assert check_whole(plain) == hexes(before + writers.kept)
+        assert store.get_events("old 7") == sorted(
+            (one for one in before if one.session_id == "old 7"), key=lambda one: one.timestamp
+        )
+    # What was stored before is in the old table, too, unless its session was deleted.
+    assert set(ids_of(plain, "events_unpartitioned")) <= set(ids_of(plain))
+
+
+def test_a_conversion_that_is_killed_at_any_moment_goes_on_when_run_again(plain: Database) -> None:
+    before = [event(f"old {n % 40}", RECENT + n * DAY // 50) for n in range(8000)]
+    command = [sys.executable, "-m", "contextuate_persist", "--url", plain.owner_url, "partition"]
+    chance = random.Random()
+    with make_store(plain.url) as store:
+        store.save_events(before)
+        with Writers(plain, 2) as writers:
+            for _ in range(5):
+                running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+                time.sleep(chance.uniform(0.4, 2.5))
+                running.kill()
+                running.wait()
+            while plain.owner().partition_events(timeout=60).converted:
+                pass
+        assert writers.failures == []
+        assert check_whole(plain) == hexes(before + writers.kept)
+        assert store.health().schema_layout == "partitioned"
+        layouts = plain.execute("SELECT layout FROM schema_version ORDER BY version DESC")
+        assert layouts[0][0] == "partitioned"
+
+
+def test_what_was_deleted_by_hand_while_it_was_copied_stays_deleted(
+    plain: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = [event("s", RECENT + n) for n in range(50)]
+    with make_store(plain.url) as store:
+        store.save_events(events)
+    copy = partitions._copy
+
+    def copy_then_delete(*arguments: Any) -> int:
+        copied = copy(*arguments)
+        plain.execute(f"DELETE FROM events WHERE timestamp < {RECENT + 20}")
+        return copied
+
+    monkeypatch.setattr(partitions, "_copy", copy_then_delete)
+    plain.owner().partition_events()
+    assert check_whole(plain) == hexes(events[20:])
+
+
+def test_a_copy_that_lacks_something_changes_nothing(
+    plain: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_store(plain.url) as store:
+        store.save_events([event("s", RECENT + n) for n in range(50)])
+        copy = partitions._copy
+
+        def copy_then_lose(*arguments: Any) -> int:
+            copied = copy(*arguments)
+            plain.execute(f"DELETE FROM events_partitioned WHERE timestamp = {RECENT + 20}")
+            return copied
+
+        monkeypatch.setattr(partitions, "_copy", copy_then_lose)
+        with pytest.raises(SchemaError, match="1 events of session s are missing from the copy"):
+            plain.owner().partition_events()
+        assert store.health().schema_layout == "plain"
+        assert len(store.get_events("s")) == 50
+        assert store.save_event(event("s"))
+
+
+def test_partitioning_again_adds_what_is_missing_and_says_so(converted: Database) -> None:
+    owner = converted.owner()
+    again = owner.partition_events(ahead=3)
+    assert (again.converted, again.by, len(again.added), again.copied) == (False, "month", 2, 0)
+    assert owner.partition_events("month", ahead=3).added == ()
+    with pytest.raises(ConfigurationError, match="partitioned by month, not by day"):
+        owner.partition_events("day")
+
+
+def test_another_unit_does_not_go_on_with_a_conversion_that_was_begun(
+    plain: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partitions, "_copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            plain.owner().partition_events("week")
+    with pytest.raises(ConfigurationError, match="half-way to being partitioned by week"):
+        plain.owner().partition_events("day")
+    assert plain.owner().partition_events().by == "week"
+
+
+@pytest.mark.parametrize("bad", [{"by": "year"}, {"ahead": -1}, {"ahead": 1.5}, {"ahead": 10**6}])
+def test_senseless_partitions_are_refused(plain: Database, bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(bad))):
+        plain.owner().partition_events(**bad)
+
+
+def test_the_old_table_goes_only_when_nothing_is_in_it_alone(partitioned: Database) -> None:
+    owner = partitioned.owner()
+    assert owner.discard_unpartitioned() is False
+
+
+def test_the_old_table_stays_while_it_alone_has_an_event(plain: Database) -> None:
+    with make_store(plain.url) as store:
+        store.save_events([event("s", RECENT + n) for n in range(3)])
+    with pytest.raises(ConfigurationError, match="not partitioned: run"):
+        plain.owner().discard_unpartitioned()
+    plain.owner().partition_events()
+    plain.execute(f"DELETE FROM events WHERE timestamp = {RECENT}")
+    with pytest.raises(SchemaError, match="1 events are in events_unpartitioned only"):
+        plain.owner().discard_unpartitioned()
+    plain.execute(f"DELETE FROM events_unpartitioned WHERE timestamp = {RECENT}")
+    assert plain.owner().discard_unpartitioned() is True
+    assert plain.owner().discard_unpartitioned() is False
+
+
+def test_what_is_forgotten_is_in_the_old_table_no_more(plain: Database) -> None:
+    with make_store(plain.url) as store:
+        store.save_session(session("stays", machine_id="m"))
+        store.save_events(
+            [
+                event("stays", RECENT),
+                event("stays", RECENT + 1, machine_id="gone"),
+                event("stays", RECENT + 2, parent_session_id="also gone"),
+                event("also gone", RECENT, machine_id="gone"),
+            ]
+        )
+        plain.owner().partition_events()
+        store.forget(session_id="also gone")
+        store.forget(machine_id="gone")
+        assert len(store.get_events("stays")) == 2
+    for table in ("events", "events_unpartitioned"):
+        rows = plain.execute(f"SELECT machine_id, parent_session_id FROM {table}")
+        assert [tuple(row) for row in rows] == [("machine", None)] * 2
+    assert len(check_whole(plain)) == 2
+
+
+def test_forgetting_waits_for_a_conversion(
+    plain: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with make_store(plain.url) as store:
+        store.save_event(event("s", RECENT))
+        with monkeypatch.context() as patch:
+            patch.setattr(partitions, "_copy", stop)
+            with pytest.raises(KeyboardInterrupt):
+                plain.owner().partition_events()
+        with pytest.raises(StoreUnavailable, match="being partitioned"):
+            store.forget(session_id="s")
+        assert len(store.get_events("s")) == 1
+        plain.owner().partition_events()
+        store.forget(session_id="s")
+    assert check_whole(plain) == []
+
+
+def test_a_backup_of_partitions_is_restored_with_them(
+    partitioned: Database,
+    empty_database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if partitioned.backend == "mysql":
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        next(iter(servers.find_mysql())).write_tools(tools)
+        monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    events = [event(f"s{n % 3}", T0 + n * DAY) for n in range(50)]
+    with make_store(partitioned.url) as store:
+        store.save_events(events)
+    file = tmp_path / "backup"
+    with partitioned.owner() as owner:
+        backup(owner, file)
+    restore(empty_database.owner(), file)
+    with make_store(empty_database.owner_url) as store:
+        assert store.save_events([*events, event("t")]) == 1
+        assert store.health().schema_layout == "partitioned"
+    assert check_whole(empty_database)
+    assert len(empty_database.owner().partitions()) == len(partitioned.owner().partitions())
+
+
+def test_accounts_of_the_application_are_refused_in_one_line(plain: Database) -> None:
+    store = make_store(plain.url)
+    with pytest.raises(StoreRefused, match="owner of the (table events|database)") as refusal:
+        store.partition_events()
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_partitioned_layout_is_the_committed_one_and_its_check_is_clean(
+    converted: Database,
+) -> None:
+    name = schema.shape_file(converted.backend, "partitioned")
+    committed = schema.schema_file(name).read_text(encoding="utf-8")
+    assert shape(converted) == committed, "run `python -m tests.shapes`"
+    found = make_store(converted.url).check()
+    assert [one for one in found if one.check == "drift" and one.level is not Level.OK] == []
+    assert [one for one in found if one.level is Level.PROBLEM] == []
+    assert [one.level for one in found if one.check == "partitions"] == [Level.OK]
+    owner = converted.owner()
+    assert owner.apply_schema() is False
+    assert owner.upgrade_schema() == []
+
+
+def test_a_check_tells_when_no_partitions_are_left(
+    converted: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = time.time() + 100 * 86_400
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor.time, "time", lambda: later)
+        found = [one for one in make_store(converted.url).check() if one.check == "partitions"]
+    assert [one.level for one in found] == [Level.WARNING]
+    assert "run `contextuate-persist partition`" in found[0].advice
+
+
+@pytest.mark.only("mysql")
+def test_the_layout_is_that_of_the_tables_if_it_was_not_recorded_yet(
+    partitioned: Database,
+) -> None:
+    partitioned.execute("UPDATE schema_version SET layout = 'plain'")
+    with make_store(partitioned.url) as store:
+        assert store.health().schema_layout == "partitioned"
+        store.save_event(event("s"))
+    partitioned.owner().partition_events()
+    assert partitioned.execute("SELECT layout FROM schema_version")[0][0] == "partitioned"
+
+
+def test_the_sql_of_pruning_leaves_no_ids(partitioned: Database) -> None:
+    with make_store(partitioned.url) as store:
+        store.save_session(session("a", end_time=T0 + DAY, status="completed"))
+        store.save_events([event("a", T0 + n * 40 * DAY) for n in range(3)])
+        store.save_event(event("b", T0 + 900 * DAY))
+        if partitioned.backend == "postgresql":
+            partitioned.execute(f"SELECT prune_old_sessions({T0 + 500 * DAY})")
+        else:
+            partitioned.execute(f"CALL prune_old_sessions({T0 + 500 * DAY}, @pruned)")
+        assert [one.session_id for one in store.get_sessions()] == ["b"]
+    assert len(check_whole(partitioned)) == 1
+
+
+# --- The calendar ---------------------------------------------------------------------------------
+
+
+def test_periods_follow_each_other_without_a_gap() -> None:
+    for by in partitions.AHEAD:
+        spans = partitions.periods(by, T0, T0 + 800 * DAY)  # type: ignore[arg-type]
+        assert spans[0].start <= T0 < spans[0].end
+        assert spans[-1].start <= T0 + 800 * DAY < spans[-1].end
+        assert all(one.end == other.start for one, other in itertools.pairwise(spans))
+    assert [one.suffix for one in partitions.periods("month", T0, T0 + 80 * DAY)] == [
+        "20231101", "20231201", "20240101", "20240201",
+    ]  # fmt: skip
+    assert partitions.periods("week", T0, T0)[0].suffix == "20231113"  # a Monday
+    assert partitions.periods("day", T0, T0)[0].suffix == "20231114"
+    assert partitions.periods("day", T0, T0 - DAY) == []
+
+
+@pytest.mark.parametrize("by", ["month", "week", "day"])
+def test_the_unit_is_told_by_the_partitions(plain: Database, by: partitions.Unit) -> None:
+    with make_store(plain.url) as store:
+        store.save_event(event("s", time.time_ns() // 1_000_000 - 40 * DAY))
+    owner = plain.owner()
+    assert owner.partitions() == []
+    owner.partition_events(by)
+    found = owner.partitions()
+    assert partitions.unit_of(found) == by
+    assert (found[0].start, found[-1].end) == (None, None)
+    assert [one.start for one in found[1:-1]] == [one.end for one in found[:-2]]
+    now = time.time_ns() // 1_000_000
+    coming = [one for one in found if one.start is not None and one.start > now]
+    assert len(coming) == partitions.AHEAD[by]
+
+
+# --- Adding and dropping --------------------------------------------------------------------------
+
+
+def test_events_of_the_future_move_into_their_partition_when_it_comes(
+    converted: Database,
+) -> None:
+    now = time.time_ns() // 1_000_000
+    far = [event("s", now + days * DAY) for days in (10, 80, 100, 130, 4000)]
+    old = event("s", 100_000_000_000)
+    owner = converted.owner()
+    with make_store(converted.url) as store:
+        store.save_events([*far, old])
+        added = owner.add_partitions(6)
+        assert len(added) == 5
+        assert owner.add_partitions(6) == []
+        assert store.get_events("s") == [old, *far]
+        for one in far:
+            assert store.get_event_by_id("s", one.id) == one
+            assert store.save_event(one) is False
+    name = owner.partitions()[-1].name
+    rest = name if converted.backend == "postgresql" else f"events PARTITION ({name})"
+    assert converted.execute(f"SELECT count(*) FROM {rest}")[0][0] == 1
+    check_whole(converted)
+
+
+def test_what_is_not_partitioned_has_no_partitions_to_add_or_drop(plain: Database) -> None:
+    with pytest.raises(ConfigurationError, match="not partitioned"):
+        plain.owner().add_partitions()
+    with pytest.raises(ConfigurationError, match="not partitioned"):
+        plain.owner().drop_partitions(RECENT)
+
+
+def month(days: float) -> int:
+    """A time in the month so many days after that of T0 began."""
+    return partitions.period("month", T0).start + round(days * DAY)
+
+
+def ended(name: str, days: float, **fields: Any) -> Any:
+    start = month(days)
+    return session(name, start_time=start, end_time=start + 1000, status="completed", **fields)
+
+
+def names_of(database: Database) -> set[str]:
+    return {one.name.split("_")[-1] for one in database.owner().partitions()}
+
+
+def test_a_partition_whose_sessions_are_all_due_is_dropped_with_them(
+    partitioned: Database,
+) -> None:
+    with make_store(partitioned.url) as store:
+        store.save_sessions([ended("a", 5), ended("b", 6), ended("c", 40)])
+        store.save_events([event(name, month(6)) for name in "ab" for _ in range(50)])
+        store.save_events([event("b", month(33)), *(event("c", month(40)) for _ in range(5))])
+        late = store.get_events("a")[3]
+        dropped = partitioned.owner().drop_partitions(month(32))
+        assert [name.split("_")[-1] for name in dropped.partitions] == ["20231101"]
+        assert (dropped.sessions, dropped.kept) == (2, {})
+        assert dropped.longest_wait_ms > 0
+        assert [one.session_id for one in store.get_sessions()] == ["c"]
+        assert store.save_event(late) is False
+        assert store.save_events([late, event("b", month(33))]) == 0
+        assert store.save_event(event("c", month(4)))  # there is a place for it
+        assert len(store.get_events("c")) == 6
+    assert "20231101" not in names_of(partitioned)
+    assert len(check_whole(partitioned)) == 6
+    assert len(partitioned.execute("SELECT * FROM deleted_sessions")) == 2
+
+
+def test_what_is_older_than_all_partitions_is_dropped_as_well(partitioned: Database) -> None:
+    with make_store(partitioned.url) as store:
+        store.save_session(ended("a", -400))
+        store.save_events([event("a", month(-400)) for _ in range(5)])
+        assert len(partitioned.owner().drop_partitions(month(0)).partitions) == 1
+        assert store.get_sessions() == []
+        assert store.save_event(event("b", month(-300)))
+        assert partitioned.owner().drop_partitions(month(-10)).partitions == ()
+    assert "older" in names_of(partitioned)
+    check_whole(partitioned)
+
+
+@pytest.mark.parametrize("why", ["pinned", "parent", "going on"])
+def test_a_partition_keeps_its_events_if_one_session_is_not_due(
+    partitioned: Database, why: str
+) -> None:
+    with make_store(partitioned.url) as store:
+        store.save_sessions([ended("a", 5), ended("b", 6)])
+        store.save_events([event(name, month(6)) for name in "ab" for _ in range(5)])
+        if why == "pinned":
+            store.update_session("b", is_pinned=True)
+        elif why == "parent":
+            store.save_session(ended("p", 50))
+            store.update_session("b", parent_session_id="p")
+        else:
+            store.update_session("b", status="active", end_time=None)
+            store.save_event(event("b", month(60)))
+        dropped = partitioned.owner().drop_partitions(month(32))
+        assert dropped.partitions == ()
+        assert list(dropped.kept.values()) == [1]
+        assert len(store.get_events("a")) == 5
+        # What is due of it goes row by row, as everywhere.
+        assert store.prune_old_sessions(month(32)) == 1
+    check_whole(partitioned)
+
+
+@pytest.mark.parametrize("what", ["pin", "event", "other", "delete"])
+def test_a_session_that_changes_while_its_partition_is_dropped_keeps_its_events(
+    partitioned: Database, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = partitions._finish
+    with make_store(partitioned.url) as store:
+        store.save_sessions([ended("a", 5), ended("b", 6)])
+        store.update_session("b", status="active", end_time=None)
+        events = [event("b", month(6)) for _ in range(5)]
+        store.save_events([*events, *(event("a", month(6)) for _ in range(5))])
+        new = event("b", month(6 if what == "other" else 500))
+
+        def change_first(*arguments: Any) -> int:
+            if what == "pin":
+                store.update_session("b", is_pinned=True)
+            elif what == "delete":
+                store.delete_session("b")
+            else:
+                store.save_event(new)
+            return finish(*arguments)
+
+        monkeypatch.setattr(partitions, "_finish", change_first)
+        dropped = partitioned.owner().drop_partitions(month(32))
+        assert len(dropped.partitions) == 1
+        if what == "pin":
+            assert store.get_events("b") == events
+        elif what == "event":
+            assert store.get_events("b") == [*events, new]
+        else:
+            assert store.get_sessions() == []
+        assert store.save_events(events) == 0
+    check_whole(partitioned)
+
+
+def test_a_drop_that_was_killed_goes_on_when_run_again(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with make_store(partitioned.url) as store:
+        store.save_sessions([ended("a", 5), ended("b", 6), ended("c", 7)])
+        store.save_events([event(name, month(6)) for name in "abc" for _ in range(5)])
+        for step in ("_finish", "_settle"):
+            with monkeypatch.context() as patch:
+                patch.setattr(partitions, step, stop)
+                with pytest.raises(KeyboardInterrupt):
+                    partitioned.owner().drop_partitions(month(32))
+        store.update_session("c", is_pinned=True)
+        assert partitioned.owner().drop_partitions(month(32)).sessions == 2
+        assert [one.session_id for one in store.get_sessions()] == ["c"]
+        assert len(store.get_events("c")) == 5
+    assert len(check_whole(partitioned)) == 5
+
+
+# --- Plans ----------------------------------------------------------------------------------------
+
+
+def test_an_event_by_id_and_a_span_of_time_read_their_partitions_only(
+    partitioned: Database,
+) -> None:
+    events = [event("s", month(35 * number)) for number in range(12)]
+    with make_store(partitioned.url) as store:
+        store.save_events(events)
+        assert store.get_event_by_id("s", events[3].id) == events[3]
+    if partitioned.backend == "postgresql":
+        from contextuate_persist import postgresql_store as module  # noqa: PLC0415
+
+        by_id = module.SELECT_PARTITIONED_EVENT % {
+            "id": f"'{events[3].id}'::uuid", "session_id": "'s'",
+        }  # fmt: skip
+        plan = partitioned.execute(f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {by_id}")
+        read = [line for (line,) in plan if " on events_" in line and "never executed" not in line]
+        assert len(read) == 1
+        query = f"SELECT * FROM events WHERE timestamp BETWEEN {month(36)} AND {month(40)}"
+        plan = partitioned.execute(f"EXPLAIN (COSTS OFF) {query}")
+        assert len([line for (line,) in plan if " on events_" in line]) == 1
+        return
+    from contextuate_persist import mysql_store  # noqa: PLC0415
+
+    by_id = mysql_store.SELECT_PARTITIONED_EVENT.replace("%(id)s", f"'{events[3].id}'").replace(
+        "%(session_id)s", "'s'"
+    )
+    query = f"SELECT * FROM events WHERE timestamp BETWEEN {month(36)} AND {month(40)}"
+    for statement in (by_id, query):
+        plan = partitioned.execute(f"EXPLAIN FORMAT=TRADITIONAL {statement}")
+        read = [row[3] for row in plan if row[2] in ("e", "events")]
+        assert read == ["p_20231201" if statement is query else "p_20240201"]
+
+
+def test_pages_go_on_over_the_borders_of_partitions(partitioned: Database) -> None:
+    events = [event(f"s{n % 3}", month(n * 4 // 8 * 8)) for n in range(60)]
+    with make_store(partitioned.url) as store:
+        store.save_events(events)
+        found: list[MonitorEvent] = []
+        before = None
+        while page := store.find_events(before=before, limit=7):
+            found += page
+            before = page[-1].cursor
+        assert len(found) == len({one.id for one in found}) == 60
+        assert [one.timestamp for one in found] == sorted(
+            (one.timestamp for one in events), reverse=True
+        )
+        assert [one.id for one in store.iter_events()] == [one.id for one in found[::-1]]
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def test_the_command_partitions_lists_and_discards(
+    plain: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with make_store(plain.url) as store:
+        store.save_event(event("s", RECENT))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        status = main(["--url", plain.owner_url, "partition", *words])
+        return status, *capsys.readouterr()
+
+    assert run("--list")[:2] == (0, "")
+    status, out, err = run("--by", "month", "--ahead", "1")
+    assert (status, "partitioned by month" in out, "ms at most" in out) == (0, True, True)
+    assert "--discard-old" in err
+    assert run()[1].startswith("events is partitioned by month already; added ")
+    assert run()[1] == "events is partitioned by month already: nothing to do\n"
+    record = json.loads(run("--json")[1])
+    assert (record["converted"], record["by"], record["added"]) == (False, "month", [])
+    listed = [json.loads(line) for line in run("--list", "--json")[1].splitlines()]
+    assert set(listed[0]) == {"name", "start", "end", "rows", "bytes"}
+    assert run("--list")[1].startswith("PARTITION")
+    status, out, err = run("--by", "day")
+    assert (status, out, err.count("\n")) == (1, "", 2)  # the other line warns of the password
+    assert run("--discard-old")[1] == "events_unpartitioned dropped\n"
+    assert run("--discard-old", "--json")[1] == '{"changed":false}\n'
+    status = main(["--url", plain.url, "partition"])
+    err = capsys.readouterr().err
+    assert status == 1
+    assert "owner" in err.splitlines()[-1]
+
+
+# --- Soak -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_a_million_events_are_partitioned_while_writers_go_on(plain: Database) -> None:
+    chance = random.Random(1)
+    wanted = int(os.environ.get("SOAK_EVENTS", "1000000"))
+    with make_store(plain.url) as store:
+        for start in range(0, wanted, 5000):
+            store.save_events(
+                [
+                    event(
+                        f"old {chance.randrange(3000)}",
+                        RECENT - (wanted - start - n) * 20_000,
+                        data={"n": n},
+                    )
+                    for n in range(5000)
+                ]
+            )
+        started = time.monotonic()
+        with Writers(plain) as writers:
+            done = plain.owner().partition_events("month")
+        took = time.monotonic() - started
+    assert writers.failures == []
+    stored = check_whole(plain)
+    assert len(stored) == wanted + len(writers.kept)
+    assert set(hexes(writers.kept)) <= set(stored)
+    print(
+        f"{plain.backend}: {done.copied:,} events copied in {took:.0f} s; writers waited for "
+        f"{done.longest_wait_ms:.0f} ms at most, their longest turn took {writers.longest:.2f} s"
+    )
