@@ -1147,18 +1147,21 @@ class BaseStore(ABC):
         with self._partition_session(timeout) as session:
             return partitions.extend(session, _ahead(ahead))
 
-    def drop_partitions(self, older_than: int, *, timeout: float = 60.0) -> Dropped:
+    def drop_partitions(
+        self, older_than: int, *, empty: bool = False, timeout: float = 60.0
+    ) -> Dropped:
         """Drop every partition that ends before, if all of its sessions are due.
 
         What is due says `prune_old_sessions(older_than)`, which is for the sessions that are left:
         pinned ones, and those that reach beyond, keep their partition. Sessions are deleted whole,
         with the events they have elsewhere; if one gets a pin or an event meanwhile, it keeps its
-        events. Writers wait only while a partition is taken out. Raises ConfigurationError if
-        events is not partitioned.
+        events. Writers wait only while a partition is taken out. With `empty` only partitions go
+        that have no events at all, and no session. Raises ConfigurationError if events is not
+        partitioned.
         """
         model.check_timestamp("older_than", older_than)
         with self._partition_session(timeout) as session:
-            return partitions.drop(session, older_than)
+            return partitions.drop(session, older_than, empty=empty)
 
     def discard_unpartitioned(self, timeout: float = 60.0) -> bool:
         """Drop the table that `partition_events` left aside; False if there is none.

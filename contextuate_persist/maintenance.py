@@ -197,15 +197,14 @@ def _archive(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
 
 
 def _partitions(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
-    add: Callable[[], list[str]] | None = getattr(store, "add_partitions", None)
-    if add is None or store.health().schema_layout != "partitioned":
+    if store.health().schema_layout != "partitioned":
         return _ok("partitions", "events is one table: nothing to do")
-    added = add()
-    dropped = 0
-    if tasks.archives is not None:  # whatever is due is archived, and deleted, by now
-        dropped = retention.drop_partitions(store, tasks.policy)
+    added = store.add_partitions()
     words = f"made {', '.join(added)}" if added else "those to come are there"
-    return _ok("partitions", words + (f"; {dropped:,} sessions dropped" if dropped else ""))
+    if tasks.archives is not None:  # what became due since is in no archive yet
+        dropped = retention.drop_partitions(store, tasks.policy, empty=True).partitions
+        words += f"; dropped {', '.join(dropped)}" if dropped else ""
+    return _ok("partitions", words)
 
 
 # --- Quarterly ------------------------------------------------------------------------------------

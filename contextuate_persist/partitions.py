@@ -407,17 +407,18 @@ def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     return [one.name for one in session.read_partitions() if one.name not in before]
 
 
-def drop(session: PartitionSession, older_than: int) -> Dropped:
+def drop(session: PartitionSession, older_than: int, *, empty: bool) -> Dropped:
     """Drop what is over and due; see drop_partitions."""
     require(session)
     sessions = 0
     dropped: list[str] = []
     kept: dict[str, int] = {}
+    due_before = 0 if empty else older_than  # nothing is older than 0
     if session.has_retired():  # of a run that was killed
-        sessions += _finish(session, older_than)
+        sessions += _finish(session, due_before)
     # Tombstones are dated now: they could not hold what is in the future away.
     limit = min(older_than, _now())
-    due = session.prunable(older_than)
+    due = session.prunable(due_before)
     for partition in session.read_partitions():
         if partition.end is None or partition.end > limit:
             continue
@@ -428,7 +429,7 @@ def drop(session: PartitionSession, older_than: int) -> Dropped:
             kept[partition.name] = others
             continue
         _patiently(session, partial(session.retire, partition))
-        sessions += _finish(session, older_than)
+        sessions += _finish(session, due_before)
         dropped.append(partition.name)
     return Dropped(tuple(dropped), kept, sessions, session.longest_wait * 1000)
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from contextuate_persist import model, trees
 from contextuate_persist.errors import (
@@ -19,6 +19,7 @@ from contextuate_persist.errors import (
     StorageFull,
     StoreRefused,
 )
+from contextuate_persist.partitions import Dropped
 from contextuate_persist.records import SessionState, Weight
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def prune(
     May be killed, or told to `stop`, at any moment: what is left, the next pruning does. A tree
     of which anything changes after it was found due is spared. Raises what the store's calls raise.
     """
-    dropped = 0 if dry_run else drop_partitions(store, policy)
+    dropped = 0 if dry_run else drop_partitions(store, policy).sessions
     found = plan(store, policy)
     if dry_run:
         total = [weight for _, weight in weighed(store, found.trees)]
@@ -237,23 +238,20 @@ def prune(
     )
 
 
-def drop_partitions(store: BaseStore, policy: RetentionPolicy) -> int:
-    """Drop whole partitions of what is due by age, where there are any; how many sessions went.
+def drop_partitions(store: BaseStore, policy: RetentionPolicy, *, empty: bool = False) -> Dropped:
+    """Drop whole partitions of what is due by age, where there are any; or those that are `empty`.
 
     It is the owner's to do: with another account the sessions in them go one by one.
     """
+    nothing = Dropped((), {}, 0, 0.0)
     if policy.max_age_days is None or store.health().schema_layout != "partitioned":
-        return 0
+        return nothing
     days = max(policy.max_age_days, policy.spared_days)
-    # A store method of databases whose events are partitioned.
-    drop: Callable[[int], Any] | None = getattr(store, "drop_partitions", None)
-    if drop is None:
-        return 0
     try:
-        return int(drop(time.time_ns() // 1_000_000 - round(days * DAY)).sessions)
+        return store.drop_partitions(time.time_ns() // 1_000_000 - round(days * DAY), empty=empty)
     except StoreRefused as error:
         log.info("partitions are not dropped: %s", error)
-        return 0
+        return nothing
 
 
 def steps(given: Iterator[tuple[Tree, Weight]]) -> Iterator[list[tuple[Tree, Weight]]]:

@@ -31,6 +31,8 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.cli import main
 from contextuate_persist.doctor import Level
 from contextuate_persist.errors import ConfigurationError, SchemaError, SessionNotFound
+from contextuate_persist.maintenance import Tasks, maintain
+from contextuate_persist.retention import RetentionPolicy, prune
 from tests import servers
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store, new_database
@@ -658,6 +660,43 @@ def test_what_is_older_than_all_partitions_is_dropped_as_well(partitioned: Datab
         assert store.save_event(event("b", month(-300)))
         assert partitioned.owner().drop_partitions(month(-10)).partitions == ()
     assert "older" in names_of(partitioned)
+    check_whole(partitioned)
+
+
+def test_pruning_as_the_owner_drops_whole_partitions_and_else_deletes_row_by_row(
+    partitioned: Database,
+) -> None:
+    age = (time.time_ns() // 1_000_000 - month(32)) / DAY
+    policy = RetentionPolicy(max_age_days=age)
+    with make_store(partitioned.url) as store, partitioned.owner() as owner:
+        for account, gone in ((store, set()), (owner, {"20231101"})):
+            store.save_sessions([ended("a", 5), ended("c", 40)], undelete=True)
+            events = [event("a", month(6)) for _ in range(50)]
+            store.save_events([*events, event("c", month(40))], undelete=True)
+            before = names_of(partitioned)
+            report = prune(account, policy)
+            assert (report.sessions, report.kept, report.spared) == (1, 1, 0)
+            assert [one.session_id for one in store.get_sessions()] == ["c"]
+            assert before - names_of(partitioned) == gone
+    check_whole(partitioned)
+
+
+def test_where_an_archive_is_kept_only_empty_partitions_are_dropped(
+    partitioned: Database, tmp_path: Path
+) -> None:
+    """What became due since the archiving is in no archive yet."""
+    policy = RetentionPolicy(max_age_days=(time.time_ns() // 1_000_000 - month(32)) / DAY)
+    with make_store(partitioned.url) as store, partitioned.owner() as owner:
+        store.save_sessions([ended("a", 5), ended("c", 40)])
+        store.save_events([event("a", month(6)), event("c", month(40))])
+        kept = owner.drop_partitions(month(32), empty=True).kept
+        assert [(name[-8:], sessions) for name, sessions in kept.items()] == [("20231101", 1)]
+        assert len(store.get_events("a")) == 1
+        found = maintain(owner, "monthly", Tasks(archives=tmp_path, policy=policy))
+        (told,) = [one for one in found if one.check == "partitions"]
+        assert "20231101" in told.message
+        assert [one.session_id for one in store.get_sessions()] == ["c"]
+        assert len(list(tmp_path.glob("*.jsonl.gz"))) == 1
     check_whole(partitioned)
 
 
