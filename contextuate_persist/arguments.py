@@ -23,6 +23,8 @@ from contextuate_persist.partitions import AHEAD
 from contextuate_persist.transfer import parse_json
 
 PROGRAM = "contextuate-persist"
+#: Where `copy` copies to.
+ENVIRONMENT_TARGET = "CONTEXTUATE_TARGET_URL"
 #: What `setup` sets up, in the words of contextuate's own script and a few more.
 TARGETS = tuple(
     f"{docker}{name}"
@@ -149,6 +151,23 @@ def make_parser() -> argparse.ArgumentParser:
         "--interval", metavar="S", type=_seconds, default=1.0, help="seconds between views (1)"
     )
     command("status", "ask the database how it is")
+    copy = command(
+        "copy",
+        "copy a database into another, of the same kind or not; run again, it goes on",
+        epilog="Exit status: 0 if all of the source is in the target, 1 if not.",
+    )
+    copy.add_argument(
+        "--from",
+        dest="source",
+        metavar="URL",
+        help="the database to read (without it the one that all commands use)",
+    )
+    copy.add_argument(
+        "--to",
+        dest="target",
+        metavar="URL",
+        help=f"the one to add it to, whose schema is there (environment: {ENVIRONMENT_TARGET})",
+    )
     command(
         "check",
         "look for what is wrong with a database: schema, privileges, TLS, settings, condition",

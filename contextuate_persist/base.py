@@ -49,7 +49,14 @@ from contextuate_persist.model import (
     SessionNode,
     SessionStatus,
 )
-from contextuate_persist.records import CheckedEvent, EventRow, Seed, SessionState, Weight
+from contextuate_persist.records import (
+    CheckedEvent,
+    EventRow,
+    Seed,
+    SessionState,
+    Tally,
+    Weight,
+)
 from contextuate_persist.subject import Subject
 
 if TYPE_CHECKING:
@@ -1177,6 +1184,32 @@ class BaseStore(ABC):
         statements = schema.split_script(script, self.backend)
         self._run(lambda connection: self._run_statements(connection, statements), transaction=True)
 
+    # --- Copies: what copying.py is made of -------------------------------------------------------
+
+    def tallies(self) -> dict[str, Tally]:
+        """What there is of each session, references included, by id; one query over all."""
+        rows = self._run(self._select_tallies)
+        return {row[0]: records.tally_from_row(row) for row in rows}
+
+    def deletions(self) -> list[tuple[str, int]]:
+        """The deletions that are remembered: the session's id, and until when it is not welcome."""
+        return [(session_id, until) for session_id, until in self._run(self._select_all_deletions)]
+
+    def add_deletions(self, deletions: Sequence[tuple[str, int]]) -> None:
+        """Remember deletions of another database, too; sessions that are there stay."""
+        for start in range(0, len(deletions), CHUNK_ROWS):
+            some = [*deletions[start : start + CHUNK_ROWS]]
+            self._run(partial(self._add_deletions, deletions=some), transaction=True)
+
+    def missing(self, events: Sequence[MonitorEvent]) -> list[MonitorEvent]:
+        """Those of some events that are not stored, although no deletion forbids them."""
+        rows: list[Event] = [CheckedEvent(0, event, event.id) for event in events]
+        known = set(self._run(partial(self._select_known_ids, rows=rows))) if rows else set()
+        absent = [event for event in events if event.id not in known]
+        ids = list({event.session_id for event in absent})
+        deleted = self._run(partial(self._select_deletions, ids=ids)) if ids else {}
+        return [one for one in absent if one.timestamp > deleted.get(one.session_id, 0)]
+
     # --- Accounts: an administrator's, by explicit command ----------------------------------------
 
     def administer(self, names: Names) -> AbstractContextManager[Administrator]:
@@ -1561,6 +1594,18 @@ class BaseStore(ABC):
 
     @abstractmethod
     def _scratch(self, name: str) -> AbstractContextManager[BaseStore]: ...
+
+    @abstractmethod
+    def _select_tallies(self, connection: Any) -> list[Any]:
+        """Rows of Tally, one for each session."""
+
+    @abstractmethod
+    def _select_all_deletions(self, connection: Any) -> list[Any]:
+        """Pairs of session and time."""
+
+    @abstractmethod
+    def _add_deletions(self, connection: Any, deletions: list[tuple[str, int]]) -> None:
+        """Remember deletions; of two of one session the later."""
 
     @abstractmethod
     def _examine(self) -> Seen:

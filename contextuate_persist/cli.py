@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from urllib.parse import parse_qs, urlsplit
 
 from contextuate_persist import (
+    copy_command,
     display,
     encryption,
     hook_command,
@@ -25,7 +26,7 @@ from contextuate_persist import (
     queue_commands,
     retention_commands,
 )
-from contextuate_persist.arguments import PROGRAM, make_parser
+from contextuate_persist.arguments import ENVIRONMENT_TARGET, PROGRAM, make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL, open_store
 from contextuate_persist.console import (
@@ -51,10 +52,14 @@ def _store(args: argparse.Namespace) -> BaseStore:
 
 
 def _warn_of_password(args: argparse.Namespace) -> None:
-    if args.url and _has_password(args.url):
+    _warn_of_url(args.url, ENVIRONMENT_URL)
+
+
+def _warn_of_url(url: str | None, variable: str) -> None:
+    if url and _has_password(url):
         tell(
             "warning: a password on the command line can be seen by everybody on this machine; "
-            f"put the URL into {ENVIRONMENT_URL}, or for PostgreSQL the password into ~/.pgpass "
+            f"put the URL into {variable}, or for PostgreSQL the password into ~/.pgpass "
             "(or PGPASSFILE)"
         )
 
@@ -326,6 +331,18 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _copy(args: argparse.Namespace) -> int:
+    target = args.target or os.environ.get(ENVIRONMENT_TARGET)
+    if not target:
+        raise ConfigurationError(f"copy: no target is named: give --to or {ENVIRONMENT_TARGET}")
+    args.url = args.source or args.url
+    _warn_of_password(args)
+    _warn_of_url(args.target, ENVIRONMENT_TARGET)
+    # Counting all events takes one statement.
+    opened = (open_store(url, statement_timeout=600.0) for url in (args.url, target))
+    return copy_command.run(args, *opened)
+
+
 def _watch(args: argparse.Namespace) -> int:
     with _store(args) as store:
         watch(store, args.interval)
@@ -388,6 +405,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "recent": _recent,
     "watch": _watch,
     "status": _status,
+    "copy": _copy,
     "check": _check,
     "partition": _partition,
     "setup": _setup,

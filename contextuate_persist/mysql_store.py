@@ -1238,6 +1238,47 @@ LEFT JOIN events AS e
 WHERE e.seq IS NULL
 """
 
+# --- Copies ---------------------------------------------------------------------------------------
+
+# Enough to see which sessions two databases have in common, and read from indexes alone.
+SELECT_TALLIES = """
+SELECT
+    s.session_id,
+    s.known_from,
+    CAST(UNIX_TIMESTAMP(s.updated_at) * 1000 AS SIGNED),
+    COALESCE(e.amount, 0),
+    COALESCE(e.total, 0),
+    COALESCE(t.amount, 0),
+    COALESCE(t.total, 0)
+FROM sessions AS s
+LEFT JOIN (
+    SELECT session_id, COUNT(*) AS amount, SUM(timestamp) AS total
+    FROM events
+    GROUP BY session_id
+) AS e ON e.session_id = s.session_id
+LEFT JOIN (
+    SELECT
+        session_id,
+        COUNT(*) AS amount,
+        SUM(input_tokens + output_tokens + cache_read + cache_creation) AS total
+    FROM token_ledger
+    GROUP BY session_id
+) AS t ON t.session_id = s.session_id
+"""
+
+SELECT_ALL_DELETIONS = """
+SELECT d.session_id, d.deleted_at
+FROM deleted_sessions AS d
+ORDER BY d.session_id
+"""
+
+ADD_DELETIONS = """
+INSERT INTO deleted_sessions (session_id, deleted_at)
+VALUES %(rows)s
+ON DUPLICATE KEY UPDATE
+    deleted_at = GREATEST(deleted_sessions.deleted_at, VALUES(deleted_at))
+"""
+
 # --- Checks ---------------------------------------------------------------------------------------
 
 SELECT_NOW = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)"
@@ -2126,6 +2167,15 @@ class MySQLStore(BaseStore):
             )
         finally:
             _close_quietly(connection)
+
+    def _select_tallies(self, connection: Any) -> list[Any]:
+        return _execute(connection, SELECT_TALLIES)
+
+    def _select_all_deletions(self, connection: Any) -> list[Any]:
+        return _execute(connection, SELECT_ALL_DELETIONS)
+
+    def _add_deletions(self, connection: Any, deletions: list[tuple[str, int]]) -> None:
+        _send_rows(connection, ADD_DELETIONS, map(_row_literal, deletions))
 
     def _run_statements(self, connection: Any, statements: list[str]) -> None:
         for statement in statements:

@@ -1218,6 +1218,48 @@ WHERE NOT EXISTS (
 )
 """
 
+# --- Copies ---------------------------------------------------------------------------------------
+
+# Enough to see which sessions two databases have in common, and read from indexes alone.
+SELECT_TALLIES = """
+SELECT
+    s.session_id,
+    s.known_from,
+    (extract(epoch FROM s.updated_at) * 1000)::bigint,
+    COALESCE(e.amount, 0),
+    COALESCE(e.total, 0),
+    COALESCE(t.amount, 0),
+    COALESCE(t.total, 0)
+FROM sessions AS s
+LEFT JOIN (
+    SELECT session_id, count(*) AS amount, sum(timestamp) AS total
+    FROM events
+    GROUP BY session_id
+) AS e ON e.session_id = s.session_id
+LEFT JOIN (
+    SELECT
+        session_id,
+        count(*) AS amount,
+        sum(input_tokens + output_tokens + cache_read + cache_creation) AS total
+    FROM token_ledger
+    GROUP BY session_id
+) AS t ON t.session_id = s.session_id
+"""
+
+SELECT_ALL_DELETIONS = """
+SELECT d.session_id, d.deleted_at
+FROM deleted_sessions AS d
+ORDER BY d.session_id
+"""
+
+ADD_DELETIONS = """
+INSERT INTO deleted_sessions (session_id, deleted_at)
+SELECT given.session_id, given.deleted_at
+FROM unnest(%(session_ids)s::text[], %(deleted_at)s::bigint[]) AS given (session_id, deleted_at)
+ON CONFLICT (session_id) DO UPDATE SET
+    deleted_at = GREATEST(deleted_sessions.deleted_at, EXCLUDED.deleted_at)
+"""
+
 # --- Checks ---------------------------------------------------------------------------------------
 
 SELECT_NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
@@ -2416,6 +2458,18 @@ class PostgreSQLStore(BaseStore):
                 wanted=WANTED,
                 answers={name: _answer(connection, query) for name, query in CHECKS.items()},
             )
+
+    def _select_tallies(self, connection: psycopg.Connection[Any]) -> list[Any]:
+        return connection.execute(SELECT_TALLIES).fetchall()
+
+    def _select_all_deletions(self, connection: psycopg.Connection[Any]) -> list[Any]:
+        return connection.execute(SELECT_ALL_DELETIONS).fetchall()
+
+    def _add_deletions(
+        self, connection: psycopg.Connection[Any], deletions: list[tuple[str, int]]
+    ) -> None:
+        ids, times = map(list, zip(*deletions, strict=True))
+        connection.execute(ADD_DELETIONS, {"session_ids": ids, "deleted_at": times})
 
     def _run_statements(self, connection: psycopg.Connection[Any], statements: list[str]) -> None:
         for statement in statements:

@@ -143,6 +143,24 @@ def event_from_row(row: Sequence[Any]) -> MonitorEvent:
     )
 
 
+class Tally(NamedTuple):
+    """What a database has of a session, in numbers by which two databases are compared."""
+
+    session_id: str
+    known_from: str
+    updated_at: int  # by the server's clock, Unix milliseconds
+    events: int
+    event_times: int  # the sum of their timestamps
+    messages: int
+    tokens: int  # the sum of all their counts
+
+
+def tally_from_row(row: Sequence[Any]) -> Tally:
+    """The tally in a row of its fields; sums come as decimals."""
+    session_id, known_from, *numbers = row
+    return Tally(session_id, known_from, *map(int, numbers))
+
+
 def seeds_of(rows: Iterable[CheckedEvent | EventRow]) -> list[Seed]:
     """One seed for each session that events touch, and for each parent, sorted by id.
 

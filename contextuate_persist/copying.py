@@ -1,0 +1,284 @@
+"""Copy a database into another, of the same kind or not: what `contextuate-persist copy` does.
+
+It only adds. Sessions whose numbers are the same on both sides are passed over, so a copy that was
+interrupted goes on where it was, and a second one brings what has come since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from contextuate_persist import records
+from contextuate_persist.base import CHUNK_ROWS, BaseStore
+from contextuate_persist.errors import (
+    ConfigurationError,
+    InvalidBatch,
+    InvalidRecord,
+    SessionNotFound,
+)
+from contextuate_persist.model import SESSION_CHECKS, SessionMeta
+from contextuate_persist.records import EventRow, Tally
+
+#: Called with the events done and the events in all.
+Progress = Callable[[int, int], None]
+
+#: How many of the things that went wrong are kept in words; all are counted.
+PROBLEMS_SHOWN = 1000
+
+_SESSIONS = 200  # in one step
+_BATCH_BYTES = 4 * 2**20
+_REASON = 300  # characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyReport:
+    """What the source holds, and what a copy did.
+
+    `sessions`, `events`, `messages` and `deletions` are the source's. `saved` counts the sessions
+    that were written, `stored` the events that were new to the target, `counted` the messages that
+    were new there or raised. `kept` are sessions that the source has deleted and the target still
+    shows. `problems` names what is not in the target and why, the first thousand of them, and
+    `problem_count` counts them all; without any, everything is there but what the target has
+    deleted.
+    """
+
+    sessions: int
+    events: int
+    messages: int
+    deletions: int
+    saved: int
+    stored: int
+    counted: int
+    kept: int
+    problems: tuple[str, ...]
+    problem_count: int
+
+
+def copy_store(
+    source: BaseStore, target: BaseStore, *, progress: Progress | None = None
+) -> CopyReport:
+    """Copy everything that an open store holds into another open store, and compare them.
+
+    Events keep their order within a session, and their ids, so what is there already is left
+    alone. A session that the target knows, too, is saved over if it was changed later in the
+    source, by the clocks of the servers. Deletions come along: what is late in the source will be
+    late in the target; what the target has deleted stays deleted; and a session that the source
+    has deleted since an earlier copy is kept. Writers need not stop, but only a copy that runs
+    after they have stopped finds all. Raises ConfigurationError if both are one database, and what
+    the stores raise; run again, it goes on.
+    """
+    if (source.backend, source._place) == (target.backend, target._place):  # noqa: SLF001
+        raise ConfigurationError("copy: the source and the target are the same database")
+    copier = _Copier(source, target, progress)
+    copier.copy()
+    copier.compare()
+    return copier.report()
+
+
+class _Copier:
+    def __init__(self, source: BaseStore, target: BaseStore, progress: Progress | None) -> None:
+        self._source = source
+        self._target = target
+        self._progress = progress
+        self._there = target.tallies()
+        self._given = source.tallies()
+        self._deletions = source.deletions()
+        self._total = sum(tally.events for tally in self._given.values())
+        self._done = self._saved = self._stored = self._counted = self._kept = 0
+        self._problems: list[str] = []
+        self._problem_count = 0
+        self._rows: list[EventRow] = []
+        self._size = 0
+
+    def report(self) -> CopyReport:
+        given = self._given.values()
+        return CopyReport(
+            sessions=sum(tally.known_from != "reference" for tally in given),
+            events=sum(tally.events for tally in given),
+            messages=sum(tally.messages for tally in given),
+            deletions=len(self._deletions),
+            saved=self._saved,
+            stored=self._stored,
+            counted=self._counted,
+            kept=self._kept,
+            problems=tuple(self._problems),
+            problem_count=self._problem_count,
+        )
+
+    def copy(self) -> None:
+        for ids in _portions(sorted(self._given), _SESSIONS):
+            # Events first: they bring back a session that had been deleted, also in the target.
+            for session_id in ids:
+                self._copy_events(session_id)
+            self._flush()
+            sessions = self._copy_sessions(ids)
+            for session_id in ids:
+                self._copy_messages(session_id)
+                self._settle(session_id, sessions.get(session_id))
+        self._target.add_deletions(self._deletions)
+
+    def compare(self) -> None:
+        """See that all that the source has now is in the target."""
+        self._given, there = self._source.tallies(), self._target.tallies()
+        shown = {one for one, tally in there.items() if tally.known_from != "reference"}
+        deleted = {session_id for session_id, _ in self._target.deletions()}
+        for session_id, given in self._given.items():
+            if given.known_from == "reference":
+                continue
+            if session_id not in shown:
+                if session_id not in deleted:
+                    self._tell(f"{session_id}: the session is not in the target")
+            elif _events_of(there[session_id]) != _events_of(given):
+                self._compare_events(given)
+        self._kept = sum(
+            session_id in shown and session_id not in self._given
+            for session_id, _ in self._deletions
+        )
+
+    # --- Events -----------------------------------------------------------------------------------
+
+    def _copy_events(self, session_id: str) -> None:
+        given = self._given[session_id]
+        if _events_of(self._there.get(session_id)) == _events_of(given):
+            self._advance(given.events)
+            return
+        for event in self._source.iter_events(session_id=session_id):
+            try:
+                row = records.encode_event(records.check_event(event))
+            except InvalidRecord as error:  # of a row that something else has written
+                self._tell(f"{session_id}: event {event.id}: {error}")
+                self._advance(1)
+                continue
+            self._rows.append(row)
+            self._size += row.size
+            if len(self._rows) >= CHUNK_ROWS or self._size > _BATCH_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        rows, self._rows, self._size = self._rows, [], 0
+        if not rows:
+            return
+        result = self._target.save_rows(rows)
+        self._stored += result.stored
+        for refusal in result.refused:
+            session_id = rows[refusal.index].event.session_id
+            self._tell(f"{session_id}: event {refusal.id}: {refusal.reason}")
+        self._advance(len(rows))
+
+    def _advance(self, events: int) -> None:
+        self._done += events
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def _compare_events(self, given: Tally) -> None:
+        absent = 0
+        events = self._source.iter_events(session_id=given.session_id)
+        for some in _portions(events, CHUNK_ROWS):
+            absent += len(self._target.missing(some))
+        if absent:
+            self._tell(f"{given.session_id}: {absent:,} of {given.events:,} events are missing")
+
+    # --- Sessions ---------------------------------------------------------------------------------
+
+    def _copy_sessions(self, ids: Sequence[str]) -> dict[str, SessionMeta]:
+        """Save those that are due; the source's, as they were read."""
+        sessions: list[SessionMeta] = []
+        for session_id in ids:
+            session = self._source.get_session(session_id) if self._is_due(session_id) else None
+            if session is not None:
+                sessions.append(session)
+        try:
+            self._saved += self._target.save_sessions(sessions)
+        except InvalidBatch as error:
+            for refusal in error.refused:
+                self._tell(f"{refusal.id}: {refusal.reason}")
+            bad = {refusal.index for refusal in error.refused}
+            good = [session for index, session in enumerate(sessions) if index not in bad]
+            self._saved += self._target.save_sessions(good)
+        return {session.session_id: session for session in sessions}
+
+    def _is_due(self, session_id: str) -> bool:
+        """Whether somebody has saved the session, and later than the target's."""
+        given, there = self._given[session_id], self._there.get(session_id)
+        if given.known_from != "session":
+            return False
+        return there is None or there.known_from != "session" or there.updated_at < given.updated_at
+
+    def _copy_messages(self, session_id: str) -> None:
+        given, there = self._given[session_id], self._there.get(session_id)
+        if not given.messages or (
+            there and (there.messages, there.tokens) == (given.messages, given.tokens)
+        ):
+            return
+        try:
+            usages = self._source.get_usage(session_id)
+            self._counted += self._target.save_usage(session_id, usages)
+        except SessionNotFound:
+            pass  # deleted in the target, or at this moment in the source
+
+    def _settle(self, session_id: str, own: SessionMeta | None) -> None:
+        """Set what saving leaves: what is empty by now, and all of sessions that nobody saved."""
+        given, there = self._given[session_id], self._there.get(session_id)
+        known = there is not None and there.known_from == "session"
+        if given.known_from == "reference" or (known and not self._is_due(session_id)):
+            return
+        own = own or self._source.get_session(session_id)
+        copied = self._target.get_session(session_id)
+        if own is None:
+            return
+        try:
+            if copied is None:
+                # Without events nothing has made it yet; or it was deleted in the target.
+                self._saved += self._target.save_session(own)
+                return
+            fields = _differences(own, copied)
+            if there is None and given.known_from == "event":
+                self._saved += 1  # by its events
+            if given.known_from == "event" and there is not None:
+                fields = {name: value for name, value in fields.items() if _is_empty(copied, name)}
+            if fields:
+                self._target.update_session(session_id, **fields)
+        except InvalidRecord as error:
+            self._tell(f"{session_id}: {error}")
+        except SessionNotFound:
+            pass  # deleted in the target at this moment
+
+    def _tell(self, problem: str) -> None:
+        self._problem_count += 1
+        if len(self._problems) < PROBLEMS_SHOWN:
+            self._problems.append(problem[:_REASON])
+
+
+def _events_of(tally: Tally | None) -> tuple[int, int]:
+    return (tally.events, tally.event_times) if tally else (0, 0)
+
+
+#: Children are added by saving, and those that say so themselves are found.
+_SETTLED = [name for name in SESSION_CHECKS if name not in ("session_id", "child_session_ids")]
+_NOTHING = SessionMeta(
+    session_id="",
+    machine_id="",
+    working_directory="",
+    start_time=0,
+    is_user_initiated=True,
+    is_pinned=False,
+    hidden=False,
+)
+
+
+def _differences(given: SessionMeta, there: SessionMeta) -> dict[str, Any]:
+    fields = {name: getattr(given, name) for name in _SETTLED}
+    return {name: value for name, value in fields.items() if value != getattr(there, name)}
+
+
+def _is_empty(session: SessionMeta, name: str) -> bool:
+    return bool(getattr(session, name) == getattr(_NOTHING, name))
+
+
+def _portions(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while portion := list(islice(iterator, size)):
+        yield portion

@@ -1,0 +1,364 @@
+"""Copies: all that a database holds comes to the other, of the same kind and of the other kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from contextuate_persist import (
+    ConfigurationError,
+    SchemaError,
+    StoreUnavailable,
+    TokenUsage,
+    copying,
+)
+from contextuate_persist.arguments import ENVIRONMENT_TARGET
+from contextuate_persist.base import BaseStore
+from contextuate_persist.cli import main
+from contextuate_persist.config import ENVIRONMENT_URL
+from contextuate_persist.copying import copy_store
+from tests import servers
+from tests.builders import T0, event, session, usage
+from tests.conftest import BACKENDS, Database, make_store, new_database
+
+HOSTILE: dict[str, Any] = {
+    "nul": "a\0b",
+    "surrogate": "\ud800",
+    "long": 2**70,
+    "float": 1e16,
+    "toolName": "DELIMITER ;;",
+    "deep": [[[{}]]],
+}
+
+
+@pytest.fixture(scope="session")
+def postgresql_target(postgresql_server: servers.Server) -> Iterator[Database]:
+    yield from _made(postgresql_server)
+
+
+@pytest.fixture(scope="session")
+def mysql_target(mysql_server: servers.Server) -> Iterator[Database]:
+    yield from _made(mysql_server)
+
+
+def _made(server: servers.Server) -> Iterator[Database]:
+    database = new_database(server)
+    database.owner().apply_schema()
+    yield database
+    database.drop()
+
+
+@pytest.fixture(params=["the same kind", "the other kind"])
+def target_database(backend: str, request: pytest.FixtureRequest) -> Database:
+    """An empty database with the schema, to copy to."""
+    kind = backend
+    if request.param == "the other kind":
+        [kind] = set(BACKENDS) - {backend}
+        if kind not in (request.config.getoption("backend") or BACKENDS):
+            pytest.skip(f"{kind} was not asked for")
+    database: Database = request.getfixturevalue(f"{kind}_target")
+    database.clear()
+    return database
+
+
+@pytest.fixture
+def target(target_database: Database) -> Iterator[BaseStore]:
+    with make_store(target_database.url) as opened:
+        yield opened
+
+
+def contents(store: BaseStore) -> dict[str, Any]:
+    """All that can be read of a store, in its order."""
+    sessions = sorted(store.get_sessions(), key=lambda one: one.session_id)
+    return {
+        "sessions": [
+            dataclasses.replace(one, child_session_ids=tuple(sorted(one.child_session_ids)))
+            for one in sessions
+        ],
+        "events": {one.session_id: store.get_events(one.session_id) for one in sessions},
+        "messages": {one.session_id: store.get_usage(one.session_id) for one in sessions},
+        "deletions": store.deletions(),
+    }
+
+
+def fill(store: BaseStore) -> None:
+    """Everything that a database can hold, in some sessions."""
+    store.save_sessions(
+        [
+            session("root", label="Fix \0 it", is_pinned=True, child_session_ids=("b", "unknown")),
+            session("b", parent_session_id="root", status="error", end_time=T0 + 9, model="m"),
+            session("A", manual_parent_session_id="b", agent_type="nexus", hidden=True),
+            session("a", working_directory="/caf\udce9", transcript_path="/t", is_pinned=False),
+        ]
+    )
+    store.save_session(
+        session("counted", token_usage=TokenUsage(total_input=7, total_cache_read=3))
+    )
+    store.save_events([event("root", T0 + n % 3, data={"n": n}) for n in range(40)])
+    store.save_events(
+        [
+            event("a", data=HOSTILE, event_type="of tomorrow", hook_type="Tomorrow"),
+            event("made by events", T0 + 5, parent_session_id="also only named"),
+            event("made by events", T0 + 2, data={"big": "x" * 1_200_000}),
+        ]
+    )
+    store.update_session("made by events", label="pinned later", is_pinned=True)
+    store.save_usage("b", [usage("m1", 3, model="m"), usage("m2", 4, cache_read=2)])
+    store.save_usage("made by events", [usage("m3", 5)])
+    store.save_session(session("gone"))
+    store.delete_session("gone")
+    store.save_session(session("back again", start_time=T0))
+    store.delete_session("back again")
+    [(_, until)] = [one for one in store.deletions() if one[0] == "back again"]
+    store.save_event(event("back again", until + 1))
+    store.save_session(session("back again", start_time=T0, label="told again"))
+
+
+def test_a_copy_holds_all_that_the_source_holds(store: BaseStore, target: BaseStore) -> None:
+    fill(store)
+    report = copy_store(store, target)
+    assert contents(target) == contents(store)
+    assert report.problems == ()
+    assert (report.sessions, report.events, report.messages, report.deletions) == (7, 44, 3, 2)
+    assert (report.stored, report.counted, report.kept) == (44, 3, 0)
+
+
+def test_a_second_copy_finds_nothing_to_do(store: BaseStore, target: BaseStore) -> None:
+    fill(store)
+    copy_store(store, target)
+    report = copy_store(store, target)
+    assert (report.saved, report.stored, report.counted, report.problem_count) == (0, 0, 0, 0)
+    assert contents(target) == contents(store)
+
+
+def test_a_second_copy_brings_what_has_come_since(store: BaseStore, target: BaseStore) -> None:
+    fill(store)
+    copy_store(store, target)
+    store.save_events([event("root", T0 + 50), event("new"), event("made by events", T0 + 60)])
+    store.update_session("b", label="named since", end_time=None)
+    store.save_usage("b", [usage("m2", 40)])
+    store.delete_session("A")
+    report = copy_store(store, target)
+    assert (report.stored, report.counted, report.kept) == (3, 1, 1)
+    there = contents(target)
+    assert [one for one in there["sessions"] if one.session_id == "A"]
+    found, given = target.get_session("b"), store.get_session("b")
+    assert found is not None
+    assert given is not None
+    assert dataclasses.replace(found, child_session_ids=()) == given
+    assert target.get_events("root") == store.get_events("root")
+
+
+def test_what_was_changed_in_the_target_stays(store: BaseStore, target: BaseStore) -> None:
+    fill(store)
+    copy_store(store, target)
+    target.update_session("root", label="renamed there", is_pinned=False)
+    target.update_session("made by events", label="this, too")
+    target.save_event(event("root", T0 + 70))
+    target.delete_session("a")
+    report = copy_store(store, target)
+    assert report.problem_count == 0
+    assert target.get_session("a") is None
+    assert len(target.get_events("root")) == len(store.get_events("root")) + 1
+    labels = {one.session_id: one.label for one in target.get_sessions()}
+    assert (labels["root"], labels["made by events"]) == ("renamed there", "this, too")
+
+
+def test_an_interrupted_copy_goes_on(
+    store: BaseStore, target: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    monkeypatch.setattr(copying, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(copying, "_SESSIONS", 2)
+    kinds = ("save_rows", "save_sessions", "save_usage", "update_session", "add_deletions")
+    chance = random.Random(7)
+    for kind in itertools.chain(kinds, chance.choices(kinds, k=5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, kind, _failing(getattr(target, kind), chance.randint(0, 2)))
+            try:
+                copy_store(store, target)
+            except StoreUnavailable:
+                continue
+    assert copy_store(store, target).problem_count == 0
+    assert contents(target) == contents(store)
+
+
+def _failing(method: Any, calls: int) -> Any:
+    """The method, which fails after so many calls."""
+    count = itertools.count()
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if next(count) >= calls:
+            raise StoreUnavailable("gone")
+        return method(*arguments, **options)
+
+    return call
+
+
+def test_there_and_back_again_is_the_same(store: BaseStore, target: BaseStore) -> None:
+    fill(store)
+    before = contents(store)
+    copy_store(store, target)
+    store.delete_all_sessions()
+    for session_id, _ in store.deletions():
+        store._run(lambda connection, one=session_id: store._undelete(connection, [one]))
+    copy_store(target, store)
+    assert contents(store) == before
+
+
+def test_what_the_target_cannot_take_is_named_and_the_rest_is_there(
+    store: BaseStore, target: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    monkeypatch.setattr(target, "_row_bytes", 100_000, raising=False)
+    report = copy_store(store, target)
+    assert report.problem_count == 2
+    assert report.problems[0].startswith("made by events: event ")
+    assert "this server takes 100,000" in report.problems[0]
+    assert report.problems[1] == "made by events: 1 of 2 events are missing"
+    assert len(target.get_events("root")) == 40
+
+
+def test_rows_that_break_our_rules_are_named_and_the_rest_is_there(
+    store: BaseStore, target: BaseStore, database: Database
+) -> None:
+    store.save_session(session("good", label="fine"))
+    store.save_session(session("bad"))
+    store.save_event(event("made"))
+    # As another program may have written them.
+    database.execute("UPDATE sessions SET end_time = 5 WHERE session_id = 'bad'")
+    database.execute("UPDATE sessions SET status = 'completed' WHERE session_id = 'bad'")
+    database.execute("UPDATE sessions SET end_time = 5 WHERE session_id = 'made'")
+    store.save_event(event("good", data={"a": 1}))
+    database.execute("UPDATE events SET timestamp = 5 WHERE session_id = 'good'")
+    report = copy_store(store, target)
+    told = "\n".join(report.problems)
+    assert "bad: end_time: 5 is no time in Unix milliseconds" in told
+    assert "made: end_time: 5 is no time in Unix milliseconds" in told
+    assert "timestamp: 5 is no time" in told
+    labels = {one.session_id: one.label for one in target.get_sessions()}
+    assert labels == {"good": "fine", "made": None}
+
+
+def test_a_session_that_goes_meanwhile_does_no_harm(
+    store: BaseStore, target: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+
+    def gone(*_: Any) -> None:
+        for one in store.get_sessions():
+            store.delete_session(one.session_id)
+
+    class Deleting(copying._Copier):
+        def _copy_sessions(self, ids: Any) -> Any:
+            found = super()._copy_sessions(ids)
+            gone()
+            return found
+
+    monkeypatch.setattr(copying, "_Copier", Deleting)
+    assert copy_store(store, target).problem_count == 0
+
+
+def test_a_database_is_not_copied_onto_itself(store: BaseStore, database: Database) -> None:
+    with make_store(database.url) as again, pytest.raises(ConfigurationError, match="the same"):
+        copy_store(store, again)
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(["copy", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_command_copies_and_tells(
+    store: BaseStore,
+    target: BaseStore,
+    database: Database,
+    target_database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fill(store)
+    monkeypatch.setenv(ENVIRONMENT_URL, database.url)
+    monkeypatch.setenv(ENVIRONMENT_TARGET, target_database.url)
+    status, out, err = run(capsys)
+    assert (status, err) == (0, "compared: all is in the target\n")
+    assert out.splitlines() == [
+        "sessions   7 in the source, 7 saved",
+        "events     44 in the source, 44 stored",
+        "messages   3 in the source, 3 counted",
+        "deletions  2 in the source",
+    ]
+    assert contents(target) == contents(store)
+    status, out, _ = run(capsys, "--json")
+    assert status == 0
+    assert json.loads(out) == {
+        "sessions": 7,
+        "events": 44,
+        "messages": 3,
+        "deletions": 2,
+        "saved": 0,
+        "stored": 0,
+        "counted": 0,
+        "kept": 0,
+        "problemCount": 0,
+    }
+
+
+def test_the_command_names_what_is_not_there(
+    store: BaseStore,
+    target_database: Database,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store.save_event(event("made\u202e by", T0))
+    database.execute("UPDATE events SET timestamp = 5")
+    monkeypatch.setattr(copying, "PROBLEMS_SHOWN", 1)
+    status, _, err = run(capsys, "--from", database.url, "--to", target_database.url)
+    assert status == 1
+    assert "\u202e" not in err
+    assert database.password not in err
+    assert target_database.password not in err
+    assert err.count("a password on the command line") == 2
+    assert err.splitlines()[-2] == "and 1 more"
+    assert err.splitlines()[-1].startswith("not all is in the target: run it again")
+
+
+def test_a_target_without_the_schema_is_told_what_to_do(
+    database: Database, empty_database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "--from", database.url, "--to", empty_database.url)
+    assert status == 1
+    assert "init" in err.splitlines()[-1]
+    with pytest.raises(SchemaError), make_store(empty_database.url):
+        pass
+
+
+def test_a_copy_needs_a_target(
+    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(ENVIRONMENT_TARGET, raising=False)
+    status, _, err = run(capsys, "--from", database.url)
+    assert status == 1
+    assert f"copy: no target is named: give --to or {ENVIRONMENT_TARGET}" in err
+
+
+def test_progress_reaches_the_end(store: BaseStore, target: BaseStore) -> None:
+    fill(store)
+    for _ in range(2):
+        progress = mock.Mock()
+        copy_store(store, target, progress=progress)
+        seen = [call.args for call in progress.call_args_list]
+        assert seen[-1] == (44, 44)
+        assert seen == sorted(seen)
