@@ -28,6 +28,8 @@ from tests import servers
 from tests.builders import T0, event, session, usage
 from tests.conftest import BACKENDS, Database, make_store, new_database
 
+BOTH_LAYOUTS = "copy_holds|second_copy|goes_on"
+
 HOSTILE: dict[str, Any] = {
     "nul": "a\0b",
     "surrogate": "\ud800",
