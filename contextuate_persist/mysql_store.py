@@ -3249,6 +3249,10 @@ def _tls_arguments(settings: Mapping[str, str]) -> dict[str, Any]:
     mode = settings["sslmode"]
     if mode == "disable":
         return {"ssl_disabled": True}
+    if ("sslcert" in settings) != ("sslkey" in settings):
+        raise ConfigurationError(
+            "sslcert, sslkey: MySQL takes both or neither: name the other, too"
+        )
     names = {"sslrootcert": "ssl_ca", "sslcert": "ssl_cert", "sslkey": "ssl_key"}
     arguments: dict[str, Any] = {
         name: settings[word] for word, name in names.items() if word in settings

@@ -71,9 +71,12 @@ def check_files(settings: Mapping[str, str]) -> None:
     for word in ("sslrootcert", "sslcert", "sslkey"):
         file = settings.get(word)
         # libpq also knows "system" and keys on devices, "engine:key".
-        if file and file != "system" and ":" not in file and not os.access(file, os.R_OK):
-            there = "cannot be read" if Path(file).exists() else "is not there"
-            raise ConfigurationError(f"{word}: {file} {there}")
+        if not file or file == "system" or ":" in file:
+            continue
+        path = Path(file)
+        if not os.access(path, os.R_OK) or path.is_dir():
+            there = "is a directory" if path.is_dir() else "cannot be read"
+            raise ConfigurationError(f"{word}: {file} {there if path.exists() else 'is not there'}")
 
 
 def refusal(reason: str, *, encrypted: bool = False) -> str | None:

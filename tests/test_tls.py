@@ -198,6 +198,15 @@ def test_files_that_are_missing_are_named_before_anything_is_sent(remote: Databa
     for word in ("sslrootcert", "sslcert", "sslkey"):
         with pytest.raises(ConfigurationError, match=f"^{word}: /nowhere/x is not there$"):
             make_store(url(remote, sslmode="verify-full", **{word: "/nowhere/x"})).init()
+        with pytest.raises(ConfigurationError, match=f"^{word}: /usr is a directory$"):
+            make_store(url(remote, sslmode="verify-full", **{word: "/usr"})).init()
+
+
+@pytest.mark.only("mysql")  # libpq looks for the other one below ~/.postgresql
+@pytest.mark.parametrize("word", ["sslcert", "sslkey"])
+def test_a_certificate_without_its_key_is_refused(remote: Database, word: str) -> None:
+    with pytest.raises(ConfigurationError, match="both or neither"):
+        make_store(url(remote, sslmode="require", **{word: "/dev/null"})).init()
 
 
 def test_the_tls_block_of_the_file_means_the_same(
