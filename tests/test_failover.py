@@ -17,6 +17,7 @@ from contextuate_persist import EventWriter
 from tests import servers
 from tests.conftest import Database, new_database
 from tests.proxy import Proxy
+from tests.test_daemon import eventually
 from tests.test_faults import through
 from tests.test_writer_faults import Producers, opened, until_it_says
 
@@ -72,6 +73,7 @@ def test_an_heir_with_the_same_files_gets_the_rest_in_order_and_once(
             producers = Producers(writer)
             time.sleep(1)
             database.server.kill()
+            eventually(lambda: writer.health().retries > 0)  # it has noticed
             with heir:
                 moved = Database(backend, heir, database.name, database.user, database.password)
                 with opened(moved.url) as warm_too:
@@ -80,7 +82,6 @@ def test_an_heir_with_the_same_files_gets_the_rest_in_order_and_once(
                     time.sleep(1)
                     producers.stop()
                     producers.require_all(store)
-                    assert writer.health().retries > 0
 
 
 @pytest.mark.only("postgresql")
