@@ -120,18 +120,7 @@ def _sole_archiver(directory: Path) -> Iterator[Path]:
 
 def _batches(given: Iterable[tuple[Tree, Weight]]) -> Iterator[list[tuple[Tree, Weight]]]:
     """Trees for one file each time."""
-    batch: list[tuple[Tree, Weight]] = []
-    sessions = size = 0
-    for tree, weight in given:
-        full = size + weight.size > FILE_BYTES or sessions + len(tree) > FILE_SESSIONS
-        if batch and full:
-            yield batch
-            batch, sessions, size = [], 0, 0
-        batch.append((tree, weight))
-        sessions += len(tree)
-        size += weight.size
-    if batch:
-        yield batch
+    return retention.batches(given, FILE_SESSIONS, FILE_BYTES, lambda weight: weight.size)
 
 
 class _Work:
@@ -184,7 +173,7 @@ class _Work:
             for tree, weight in batch
             if all(s.session_id in fingerprints and s.session_id not in changed for s in tree)
         ]
-        for step in retention.steps(iter(whole)):
+        for step in retention.steps(whole):
             if self._stop.is_set():
                 break
             self._delete(step, fingerprints)
@@ -228,7 +217,7 @@ class _Work:
                 moment = time.time_ns() // 1_000_000
                 head = {"version": transfer.ARCHIVE_VERSION, "createdAt": moment}
                 lines.write(transfer.ARCHIVE, head)
-                for some in retention.steps(iter(batch)):
+                for some in retention.steps(batch):
                     # Before anything is read: whatever changes from here on, the deletion notices.
                     ids = [state.session_id for tree, _ in some for state in tree]
                     fingerprints |= self._store.fingerprints(ids)

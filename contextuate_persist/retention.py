@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -254,20 +254,30 @@ def drop_partitions(store: BaseStore, policy: RetentionPolicy, *, empty: bool = 
         return nothing
 
 
-def steps(given: Iterator[tuple[Tree, Weight]]) -> Iterator[list[tuple[Tree, Weight]]]:
+def steps(given: Iterable[tuple[Tree, Weight]]) -> Iterator[list[tuple[Tree, Weight]]]:
     """Trees for one transaction each time: a few small ones, or one that is large."""
-    step: list[tuple[Tree, Weight]] = []
-    sessions = events = 0
+    return batches(given, STEP_SESSIONS, STEP_EVENTS, lambda weight: weight.events)
+
+
+def batches(
+    given: Iterable[tuple[Tree, Weight]],
+    most_sessions: int,
+    most: int,
+    measure: Callable[[Weight], int],
+) -> Iterator[list[tuple[Tree, Weight]]]:
+    """Trees in batches of so many sessions and of so much at most, unless a single one has more."""
+    batch: list[tuple[Tree, Weight]] = []
+    sessions = amount = 0
     for tree, weight in given:
-        full = sessions + len(tree) > STEP_SESSIONS or events + weight.events > STEP_EVENTS
-        if step and full:
-            yield step
-            step, sessions, events = [], 0, 0
-        step.append((tree, weight))
+        size = measure(weight)
+        if batch and (sessions + len(tree) > most_sessions or amount + size > most):
+            yield batch
+            batch, sessions, amount = [], 0, 0
+        batch.append((tree, weight))
         sessions += len(tree)
-        events += weight.events
-    if step:
-        yield step
+        amount += size
+    if batch:
+        yield batch
 
 
 # --- The valve ------------------------------------------------------------------------------------
