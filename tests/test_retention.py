@@ -25,11 +25,13 @@ from contextuate_persist import (
     retention,
 )
 from contextuate_persist.base import BaseStore
-from contextuate_persist.cli import main
 from contextuate_persist.config import ENVIRONMENT_URL, parse_size
 from contextuate_persist.retention import PruneReport, RetentionPolicy, plan, prune
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store
+from tests.test_cli import Run, run
+
+__all__ = ["run"]
 
 DAY = 86_400_000
 OLD = {"end_time": T0, "status": "completed"}
@@ -566,26 +568,7 @@ def test_the_limit_may_stand_in_the_configuration_file(tmp_path: Path) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(
-    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.setenv(ENVIRONMENT_URL, database.url)
-
-    def run_command(*arguments: str) -> tuple[int, str, str]:
-        try:
-            status = main(arguments)
-        except SystemExit as error:
-            status = int(error.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_command
-
-
-def test_the_command_tells_what_it_would_do_and_does_it(
-    run: Callable[..., tuple[int, str, str]], store: BaseStore
-) -> None:
+def test_the_command_tells_what_it_would_do_and_does_it(run: Run, store: BaseStore) -> None:
     store.save_sessions([session("s", **OLD), ended("young", 5)])
     store.save_event(event("s", T0))
     status, out, _ = run("prune", "--dry-run")
@@ -603,7 +586,7 @@ def test_the_command_tells_what_it_would_do_and_does_it(
     assert names(store) == set()
 
 
-def test_sizes_are_read_with_their_units(run: Callable[..., tuple[int, str, str]]) -> None:
+def test_sizes_are_read_with_their_units(run: Run) -> None:
     assert parse_size("500") == 500
     assert parse_size("20GB") == 20 * 10**9
     assert parse_size("1.5 KiB") == 1536
