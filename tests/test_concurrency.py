@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 from contextuate_persist import SessionNotFound
 from contextuate_persist.base import BaseStore
@@ -59,6 +62,30 @@ def test_the_same_events_from_sixteen_threads_are_stored_once(database: Database
         assert sum(stored) == 600
         assert {e.id for e in one.iter_events()} == {e.id for e in events}
         assert sum(one.event_counts().values()) == 600
+
+
+def test_events_are_stored_however_often_another_writer_is_ahead_by_one(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other stores one of the batch before every attempt, for more than any count of tries."""
+    batch = [event("s", T0 + i, parent_session_id=f"p{i}") for i in range(40)]
+    with make_store(database.url) as store, make_store(database.url) as other:
+        insert = store._insert_events
+        ahead = iter(batch[::-1])
+
+        def overtaken(*arguments: Any, **named: Any) -> int:
+            for one in ahead:
+                other.save_event(one)
+                break
+            return insert(*arguments, **named)
+
+        monkeypatch.setattr(store, "_insert_events", overtaken)
+        monkeypatch.setattr(
+            BaseStore, "_drop_known", lambda _self, _connection, rows, _changed: rows
+        )
+        assert store.save_events(batch) < 40
+        assert next(ahead, None) is None
+        assert {e.id for e in other.iter_events()} == {e.id for e in batch}
 
 
 def test_children_linked_at_once_are_all_listed(store: BaseStore) -> None:
