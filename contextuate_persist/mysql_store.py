@@ -1693,6 +1693,9 @@ class MySQLStore(BaseStore):
             refused = getattr(error, "errno", None) in REFUSED_LOGINS
             kind = StoreRefused if refused else StoreUnavailable
             raise kind(f"{self._place}: {_reason(error)}") from error
+        # The driver resets a statement before each execution, a round trip of its own. It would
+        # drop what is open or half sent of the last one: of ours, nothing ever is.
+        connection.cmd_stmt_reset = _nothing
         try:
             if self._encrypted:
                 _require_tls(_execute(connection, SELECT_CIPHER)[0][1], self._place)
@@ -2753,6 +2756,10 @@ def _plain(value: Any) -> str | bytes | int | None:
 
 
 _MAX_PREPARED = 100
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Do nothing."""
 
 
 def _execute(

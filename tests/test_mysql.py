@@ -116,6 +116,29 @@ def test_servers_that_are_not_supported_are_named(version: str, backend: str) ->
     _require_mysql("9.7.4-2", "place")
 
 
+@pytest.mark.parametrize("options", ["", "?use-pure=1"])
+def test_a_known_statement_takes_one_round_trip(
+    database: Database, options: str, backend: str
+) -> None:
+    def sent(connection: Any) -> dict[str, int]:
+        told = _execute(connection, "SHOW SESSION STATUS LIKE 'Com_stmt%'")
+        return {name.removeprefix("Com_stmt_"): int(number) for name, number in told}
+
+    def work(connection: Any) -> None:
+        sent(connection)
+        before = sent(connection)
+        for number in range(10):
+            assert _execute(connection, "SELECT %(n)s, _binary 0x00", {"n": number}) == [
+                (number, b"\0")
+            ]
+        after = sent(connection)
+        assert after["execute"] - before["execute"] == 11
+        assert after["reset"] == 0
+
+    with make_store(database.url + options) as store:
+        store._run(work)
+
+
 def test_a_connection_keeps_a_hundred_prepared_statements_and_closes_the_oldest(
     store: BaseStore, database: Database, backend: str
 ) -> None:
