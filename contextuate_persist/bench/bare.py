@@ -86,6 +86,10 @@ class Bare(ABC):
         """The server's version, and how safely and in how much memory it works."""
 
     @abstractmethod
+    def another(self) -> Bare:
+        """One more connection to the same place."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
     def add_sessions(self, sessions: Iterable[SessionMeta]) -> None:
@@ -201,6 +205,7 @@ class BarePostgreSQL(Bare):
 
     def __init__(self, url: str, *, original: bool = False) -> None:
         super().__init__(original=original)
+        self._url = url
         self._connection: psycopg.Connection[Any] = psycopg.connect(url, autocommit=True)
         self._connection.adapters.register_loader("jsonb", postgresql_store.RawJson)
 
@@ -260,6 +265,9 @@ class BarePostgreSQL(Bare):
         found["compression of data"] = {"l": "lz4", "p": "pglz"}.get(compression[0][0], "default")
         return found
 
+    def another(self) -> Bare:
+        return BarePostgreSQL(self._url, original=self._original)
+
     def close(self) -> None:
         self._connection.close()
 
@@ -295,6 +303,7 @@ class BareMySQL(Bare):
 
     def __init__(self, url: str, *, original: bool = False) -> None:
         super().__init__(original=original)
+        self._url = url
         arguments, _, _ = mysql_store.parse_url(url)
         self._connection: Any = mysql.connector.connect(
             **arguments,
@@ -393,6 +402,9 @@ class BareMySQL(Bare):
         )
         row = self.fetch("SELECT " + ", ".join(f"@@{name}" for name in names))[0]
         return {name: str(value) for name, value in zip(names, row, strict=True)}
+
+    def another(self) -> Bare:
+        return BareMySQL(self._url, original=self._original)
 
     def close(self) -> None:
         for file in self._files:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from contextuate_persist.bench import report
 from contextuate_persist.bench.bare import bare
-from contextuate_persist.bench.scratch import scratch
+from contextuate_persist.bench.scratch import EMPTY_NAME, scratch_store
 from contextuate_persist.bench.suite import Scale, Suite
 from contextuate_persist.config import open_store
-from contextuate_persist.errors import ConfigurationError
 
 #: Connections of the measured store.
 POOL_SIZE = 20
@@ -32,14 +31,19 @@ def run(
     server is touched. Raises ConfigurationError where one is left over.
     """
     backend = open_store(url).backend
-    with scratch(backend, url) as own:
-        store: Any = open_store(own, pool_size=POOL_SIZE)
-        if not store.apply_schema():
-            raise ConfigurationError("the benchmark's place is not empty: nothing was measured")
-        with store, contextlib.closing(bare(backend, own)) as opponent:
-            suite = Suite(store, opponent, Scale.of(events), tell=tell)
-            suite.run()
-            server = described(suite)
+    with (
+        scratch_store(backend, url, pool_size=POOL_SIZE) as (store, own),
+        contextlib.closing(bare(backend, own)) as opponent,
+    ):
+        suite = Suite(
+            store,
+            opponent,
+            partial(scratch_store, backend, url, EMPTY_NAME),
+            Scale.of(events),
+            tell=tell,
+        )
+        suite.run()
+        server = described(suite)
     if json:
         report.write_json(json, suite.figures, {backend: suite.curves}, {backend: server})
     if curves:

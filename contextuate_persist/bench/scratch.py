@@ -12,9 +12,12 @@ import mysql.connector
 import psycopg
 
 from contextuate_persist import mysql_store
+from contextuate_persist.config import open_store
 from contextuate_persist.errors import ConfigurationError, StoreRefused
 
 NAME = "contextuate_bench"
+#: Where the tables lie that are compared with, while they are empty.
+EMPTY_NAME = "contextuate_bench_empty"
 
 
 @contextmanager
@@ -32,6 +35,22 @@ def scratch(backend: str, url: str, name: str = NAME) -> Iterator[str]:
             reason = " ".join(str(error).split())
             raise StoreRefused(f"a place for the benchmark cannot be made: {reason}") from error
         yield own_url
+
+
+@contextmanager
+def scratch_store(
+    backend: str, url: str, name: str = NAME, **options: Any
+) -> Iterator[tuple[Any, str]]:
+    """A store with empty tables in a place of its own, and the URL of that.
+
+    `options` are those of open_store. Raises like `scratch`.
+    """
+    with scratch(backend, url, name) as own:
+        store: Any = open_store(own, **options)
+        if not store.apply_schema():
+            raise ConfigurationError("the benchmark's place is not empty: nothing was measured")
+        with store:
+            yield store, own
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,7 +49,7 @@ GOALS: dict[str, tuple[Goal, Goal]] = {
     "save_events of 1000, 10% repeats / limit": (at_least(0.55), at_least(0.65)),
     "save_events of 1000 / SQLAlchemy Core": (at_least(1.5), at_least(1.4)),
     "save_events / original's limit, at the same size": (at_least(3), at_least(2)),
-    "events a second, last step / first step": (at_least(0.95), at_least(0.95)),
+    "save_events of 1000, on top of all / into empty tables": (at_least(0.95), at_least(0.95)),
     "bytes per event / original's": (at_most(0.9), at_most(0.85)),
     "last 100, random sessions, time / original's": (at_most(0.85), at_most(0.3)),
     "last 1000 events, p50 / bare driver": (at_most(1.25), at_most(1.25)),
@@ -115,6 +116,8 @@ class Suite:
 
     store: PostgreSQLStore | MySQLStore
     bare: Bare
+    #: Opens a store with empty tables in a place of its own on the same server.
+    beginning: Callable[[], AbstractContextManager[tuple[PostgreSQLStore | MySQLStore, str]]]
     scale: Scale = field(default_factory=Scale)
     rivals: Sequence[Rival] = ()
     original: Bare | None = None
@@ -175,7 +178,7 @@ class Suite:
         step = f"{scale.step:,} of {scale.events:,}"
         self._figure("growth", "events a second, first step", ours[0], "1/s", step)
         self._figure("growth", "events a second, last step", ours[-1], "1/s")
-        self._figure("growth", "events a second, last step / first step", ours[-1] / ours[0], "x")
+        self._compare_beginning()
         for name, size in self.bare.sizes().items():
             self._figure("growth", f"bytes per event: {name}", size / scale.events, "B")
 
@@ -337,6 +340,10 @@ class Suite:
             )
             self._figure("single", f"{count} writer{plural}: p95", some.latency.p95, "ms")
         self._figure("single", "16 writers / 1", reached[16] / reached[1], "x")
+        alone = self._bare_writers(1)
+        self._figure("single", "bare driver, 1 writer: events a second", alone, "1/s")
+        together = self._bare_writers(16) / alone
+        self._figure("single", "bare driver, 16 writers / 1", together, "x")
 
     def ingest(self) -> None:
         """Batches, in turns with the server's limit and with what a user would write instead."""
@@ -504,6 +511,40 @@ class Suite:
         self._figure("growth", name, rate["original"], "1/s", note)
         ratio = rate["store"] / rate["original"]
         self._figure("growth", "save_events / original's limit, at the same size", ratio, "x")
+
+    def _compare_beginning(self) -> None:
+        """The same number of events into tables that hold all, and in turns into empty ones.
+
+        Two moments minutes apart would compare the machine's neighbours as much as the tables.
+        """
+        count = max(BATCH, self.scale.step // 2)
+        with self.beginning() as (empty, _):
+            empty.save_sessions(self._load.sessions(0, count))
+            more = batches(self._more(count), BATCH)
+            first = batches_of(self._load.iter_events(0, count), BATCH)
+            full_taken, empty_taken = 0.0, 0.0
+            for ours, theirs in zip(more, first, strict=True):
+                full_taken += seconds(lambda: self._save(ours))  # noqa: B023
+                empty_taken += seconds(lambda: empty.save_events(theirs))  # noqa: B023
+        name = "save_events of 1000, on top of all / into empty tables"
+        self._figure("growth", name, empty_taken / full_taken, "x", f"{count:,} events each")
+
+    def _bare_writers(self, count: int) -> float:
+        """Events a second of this many bare connections that each insert one after the other."""
+        each = int(self.scale.seconds * 12_000 / count) + 50
+        work = [[self.bare.prepare_insert(one) for one in self._more(each)] for _ in range(count)]
+        with contextlib.ExitStack() as stack:
+            connections = [
+                stack.enter_context(contextlib.closing(self.bare.another())) for _ in range(count)
+            ]
+            some = crowd(
+                count,
+                self.scale.seconds,
+                lambda thread, number: connections[thread].insert(work[thread][number]),
+            )
+        if some.errors:
+            raise some.errors[0]
+        return some.rate
 
     def _save(self, events: list[MonitorEvent], new: int | None = None) -> int:
         """Save a batch, and do not believe that it was."""

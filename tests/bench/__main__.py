@@ -7,17 +7,17 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
-from contextuate_persist import open_store
 from contextuate_persist.bench import report
 from contextuate_persist.bench.bare import Bare, bare
 from contextuate_persist.bench.measure import Figure
 from contextuate_persist.bench.run import POOL_SIZE, described
-from contextuate_persist.bench.scratch import scratch
+from contextuate_persist.bench.scratch import EMPTY_NAME, scratch, scratch_store
 from contextuate_persist.bench.suite import Scale, Suite
 from tests import contextuate
 from tests.bench.rivals import rivals
@@ -74,21 +74,20 @@ def measured(server: Server, events: int) -> Iterator[Suite]:
     server.create_database("bench")
     url = server.url("bench")
     with (
-        scratch(backend, url) as own,
+        scratch_store(backend, url, pool_size=POOL_SIZE) as (store, own),
         scratch(backend, url, "contextuate_original") as original_url,
         open_original(backend, original_url) as original,
+        contextlib.closing(bare(backend, own)) as opponent,
     ):
-        store: Any = open_store(own, pool_size=POOL_SIZE)
-        assert store.apply_schema()
-        with store, contextlib.closing(bare(backend, own)) as opponent:
-            yield Suite(
-                store,
-                opponent,
-                Scale.of(events),
-                rivals(own),
-                original,
-                tell=lambda line: print(line, file=sys.stderr, flush=True),
-            )
+        yield Suite(
+            store,
+            opponent,
+            partial(scratch_store, backend, url, EMPTY_NAME),
+            Scale.of(events),
+            rivals(own),
+            original,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
+        )
 
 
 @contextlib.contextmanager
