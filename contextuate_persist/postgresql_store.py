@@ -1022,6 +1022,29 @@ SELECT setval(
 
 SELECT_LAST_SEQ = "SELECT COALESCE(max(e.seq), 0) FROM events AS e"
 
+SELECT_CHUNK = """
+SELECT count(*), max(chunk.seq)
+FROM (
+    SELECT e.seq
+    FROM events AS e
+    WHERE e.seq > %(after)s AND e.seq <= %(upto)s
+    ORDER BY e.seq
+    LIMIT %(rows)s
+) AS chunk
+"""
+
+# Or one of them is deleted and made anew while the chunk is copied: the foreign key then lets the
+# copies of events in that are gone.
+LOCK_CHUNK = """
+SELECT s.session_id
+FROM sessions AS s
+WHERE s.session_id IN (
+    SELECT e.session_id FROM events AS e WHERE e.seq > %(after)s AND e.seq <= %(upto)s
+)
+ORDER BY s.session_id
+FOR KEY SHARE
+"""
+
 # An id that is there already with the same seq was copied; with another, its event was deleted and
 # stored anew.
 COPY_CHUNK = f"""
@@ -1029,8 +1052,6 @@ WITH chunk AS (
     SELECT {EVENT_COLUMNS}
     FROM events
     WHERE seq > %(after)s AND seq <= %(upto)s
-    ORDER BY seq
-    LIMIT %(rows)s
 ),
 new AS (
     INSERT INTO event_ids AS i (id, seq, timestamp)
@@ -1039,15 +1060,11 @@ new AS (
     ON CONFLICT (id) DO UPDATE SET seq = EXCLUDED.seq, timestamp = EXCLUDED.timestamp
     WHERE i.seq <> EXCLUDED.seq
     RETURNING i.seq AS new_seq
-),
-copied AS (
-    INSERT INTO events_partitioned ({EVENT_COLUMNS})
-    SELECT {EVENT_COLUMNS}
-    FROM chunk AS c JOIN new ON new.new_seq = c.seq
-    ORDER BY c.seq
 )
-SELECT count(*), max(c.seq)
-FROM chunk AS c
+INSERT INTO events_partitioned ({EVENT_COLUMNS})
+SELECT {EVENT_COLUMNS}
+FROM chunk AS c JOIN new ON new.new_seq = c.seq
+ORDER BY c.seq
 """
 
 COMPARE_COPIES = """
@@ -2739,9 +2756,17 @@ class PostgreSQLPartitions:
             return int(self._connection.execute(SELECT_LAST_SEQ).fetchall()[0][0])
 
     def copy(self, after: int, upto: int, rows: int) -> tuple[int, int]:
-        chunk = {"after": after, "upto": upto, "rows": rows}
-        [(copied, last)] = self._connection.execute(COPY_CHUNK, chunk).fetchall()
-        return (copied, last) if copied else (0, upto)
+        bounds = {"after": after, "upto": upto, "rows": rows}
+        [(copied, last)] = self._connection.execute(SELECT_CHUNK, bounds).fetchall()
+        if not copied:
+            return 0, upto
+        with self._connection.transaction():
+            self._connection.execute(LOCK_CHUNK, {"after": after, "upto": last})
+            self._copy_chunk(after, last)
+        return copied, last
+
+    def _copy_chunk(self, after: int, upto: int) -> int:
+        return self._connection.execute(COPY_CHUNK, {"after": after, "upto": upto}).rowcount
 
     def refresh(self) -> None:
         self._connection.execute("VACUUM (ANALYZE) events_partitioned")
@@ -2756,12 +2781,9 @@ class PostgreSQLPartitions:
     def switch(self, after: int) -> int:
         # Not sessions, which whoever stores an event locks before it or after it: a session that is
         # deleted meanwhile takes its events out of both tables, by a foreign key of each.
-        copied = 0
         with self._locked("LOCK TABLE events, events_partitioned IN ACCESS EXCLUSIVE MODE"):
             [(last,)] = self._connection.execute(SELECT_LAST_SEQ).fetchall()
-            while after < last:
-                rows, after = self.copy(after, last, base.CHUNK_ROWS)
-                copied += rows
+            copied = self._copy_chunk(after, last)
             self._connection.execute(GO_ON_COUNTING)
             self._connection.execute(SWAP_TABLES)
             self._connection.execute(RECORD_LAYOUT)

@@ -318,6 +318,36 @@ def test_nothing_is_lost_or_doubled_while_events_is_partitioned(plain: Database)
     assert set(ids_of(plain, "events_unpartitioned")) <= set(ids_of(plain))
 
 
+@pytest.mark.only("postgresql")
+def test_a_session_made_anew_while_its_events_are_copied_has_its_new_ones_only(
+    plain: Database,
+) -> None:
+    """The copy of a chunk knows the events of a moment; what is deleted then must not come back."""
+    events = [event("s", RECENT + n) for n in range(60)]
+    with make_store(plain.url, lock_timeout=30.0) as store:
+        store.save_events(events)
+        with plain.owner()._partition_session(60) as session:
+            session.prepare(partitions.periods("month", RECENT, RECENT + DAY))
+            plain.execute(
+                "CREATE FUNCTION wait_a_moment() RETURNS TRIGGER LANGUAGE plpgsql AS "
+                "$$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$"
+            )
+            plain.execute(
+                "CREATE TRIGGER trigger_slow BEFORE INSERT ON event_ids "
+                "FOR EACH STATEMENT EXECUTE FUNCTION wait_a_moment()"
+            )
+            copying = threading.Thread(target=session.copy, args=(0, session.watermark(), 1000))
+            copying.start()
+            time.sleep(0.3)
+            store.delete_session("s")
+            assert store.save_events(events[::2], undelete=True) == 30
+            copying.join()
+            plain.execute("DROP TRIGGER trigger_slow ON event_ids")
+            assert ids_of(plain, "events_partitioned") == []
+            session.switch(0)
+    assert check_whole(plain) == sorted(hexes(events[::2]))
+
+
 def test_a_conversion_that_is_killed_at_any_moment_goes_on_when_run_again(plain: Database) -> None:
     before = [event(f"old {n % 40}", RECENT + n * DAY // 50) for n in range(8000)]
     command = [sys.executable, "-m", "contextuate_persist", "--url", plain.owner_url, "partition"]
