@@ -879,9 +879,8 @@ class BaseStore(ABC):
                 )
             ]
         rows = self._run(partial(self._select_below, ids=roots)) if roots else []
+        # A session that is not here, or not yet, is one of them: what comes late is not welcome.
         ids = trees.deepest_first({row[0]: row[1] for row in rows}, roots)
-        if subject.kind == "session" and not ids:
-            ids = roots  # not here, or not yet: what comes late is not welcome
         paths = {
             session_id: records.exact_text("transcript_path", path, exact)
             for session_id, _, path, exact in rows

@@ -696,13 +696,13 @@ WHERE s.known_from <> 'reference'
 """
 
 # Mere references are walked through, and walked from, too.
+# Also below what is not there: a manual parent need not be.
 SELECT_BELOW = """
 WITH RECURSIVE subtree (session_id) AS (
-    SELECT s.session_id
+    SELECT asked.session_id
     FROM JSON_TABLE(
         %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
     ) AS asked
-    JOIN sessions AS s ON s.session_id = asked.session_id
     UNION
     SELECT child.session_id
     FROM subtree JOIN sessions AS child ON child.effective_parent_id = subtree.session_id

@@ -672,11 +672,11 @@ WHERE s.known_from <> 'reference'
 """
 
 # Mere references are walked through, and walked from, too.
+# Also below what is not there: a manual parent need not be.
 SELECT_BELOW = """
 WITH RECURSIVE subtree (session_id) AS (
-    SELECT s.session_id
-    FROM sessions AS s
-    WHERE s.session_id = ANY(%(session_ids)s::text[])
+    SELECT asked.session_id::varchar(255) COLLATE "C"
+    FROM unnest(%(session_ids)s::text[]) AS asked (session_id)
     UNION
     SELECT child.session_id
     FROM subtree JOIN sessions AS child ON child.effective_parent_id = subtree.session_id

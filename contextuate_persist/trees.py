@@ -78,13 +78,13 @@ def groups(links: Mapping[str, str | None]) -> list[list[str]]:
 
 
 def deepest_first(links: Mapping[str, str | None], roots: Iterable[str]) -> list[str]:
-    """The ids at and below the roots, by their parents, each before the one above it."""
+    """The roots and all ids below them, by their parents, each before the one above it."""
     children: dict[str, list[str]] = {}
     for node in sorted(links):
         parent = links[node]
         if parent is not None:
             children.setdefault(parent, []).append(node)
-    found = dict.fromkeys(sorted(root for root in roots if root in links))
+    found = dict.fromkeys(sorted(roots))
     queue = list(found)
     for node in queue:  # grows meanwhile
         below = [child for child in children.get(node, ()) if child not in found]

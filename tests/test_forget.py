@@ -159,6 +159,18 @@ def test_a_parent_that_was_only_named_goes_and_takes_what_is_below_it(
     assert not store.save_event(event("p"))
 
 
+def test_what_is_below_a_session_that_was_never_here_goes_with_it(store: BaseStore) -> None:
+    """Only a manual parent may be missing: nothing refers to it but its children."""
+    store.save_session(session("child", manual_parent_session_id="absent"))
+    store.save_session(session("grandchild", parent_session_id="child"))
+    found = store.forget(session_id="absent", dry_run=True)
+    assert (found.sessions, found.session_ids) == (2, ("child", "grandchild"))
+    assert store.forget(session_id="absent") == found
+    assert store.get_sessions() == []
+    store.save_session(session("absent"))
+    assert store.get_session("absent") is None
+
+
 def test_what_a_named_parent_has_copied_from_its_child_goes(
     store: BaseStore, database: Database
 ) -> None:
