@@ -27,7 +27,7 @@ check: ## check format, style and types
 
 soak: ## run the long tests
 	@.ci/venv test
-	$(python) -m pytest -m soak $(ARGS)
+	$(python) -m pytest -m soak -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: ## measure both stores beside their servers' limits, the original's schema and others
 	@.ci/venv test bench
