@@ -12,9 +12,9 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from contextuate_persist.model import MonitorEvent, SessionMeta
+from contextuate_persist.model import MonitorEvent, SessionMeta, SessionStatus
 
-#: When the first event of every load happens; 400 a second follow.
+#: When the first event of a load happens, and how many follow in a second, if nothing else is said.
 START = 1_750_000_000_000
 EVENTS_PER_SECOND = 400
 #: Events of one session, and sessions that run side by side.
@@ -57,9 +57,21 @@ class Load:
     """Events by position: `events(first, count)` is the same in every run and process.
 
     `delimiter` is what stands for the word DELIMITER, on which mysql-connector's text cursors fail.
+    The others say when the events happen and how many a session has, and with the times the ids.
     """
 
-    def __init__(self, delimiter: str = "DELIMITER") -> None:
+    def __init__(
+        self,
+        delimiter: str = "DELIMITER",
+        *,
+        start: int = START,
+        events_per_second: float = EVENTS_PER_SECOND,
+        session_events: int = SESSION_EVENTS,
+    ) -> None:
+        self._start = start
+        self._events_per_second = events_per_second
+        #: Events of the sessions that run side by side; then the next ones begin.
+        self.round = session_events * CONCURRENT_SESSIONS
         words = [delimiter if word == "DELIMITER" else word for word in _WORDS]
         rng = random.Random(20_260_101)  # noqa: S311  (repeatable, not secret)
         kinds = [kind for *kind, weight in _TYPES for _ in range(weight)]
@@ -71,24 +83,41 @@ class Load:
 
     def session_of(self, position: int) -> str:
         """Which session the event belongs to: some run side by side, and others follow them."""
-        return session_id(_session_number(position))
+        return session_id(self.session_number(position))
 
-    def sessions(self, first: int, count: int) -> list[SessionMeta]:
-        """The sessions of `events(first, count)`; every tenth is a child of the one before."""
-        numbers = sorted({_session_number(position) for position in range(first, first + count)})
-        return [
-            SessionMeta(
-                session_id=session_id(number),
-                machine_id=f"machine-{number % 5}",
-                working_directory=f"/home/dev/project-{number % 40}",
-                start_time=_time(
-                    number // CONCURRENT_SESSIONS * CONCURRENT_SESSIONS * SESSION_EVENTS
-                ),
-                parent_session_id=session_id(number - 1) if number % 10 == 9 else None,
-                model="claude-opus-4-5",
-            )
-            for number in numbers
-        ]
+    def session_number(self, position: int) -> int:
+        """The same by number: sessions are numbered as they follow each other."""
+        past, offset = divmod(position, self.round)
+        return past * CONCURRENT_SESSIONS + offset % CONCURRENT_SESSIONS
+
+    def time_of(self, position: int) -> int:
+        """When the event happens."""
+        return self._start + int(position * 1000 / self._events_per_second)
+
+    def sessions(self, first: int, count: int, *, now: int | None = None) -> list[SessionMeta]:
+        """The sessions of `events(first, count)`; every tenth is a child of the one before.
+
+        They run on; with a time `now` those have ended whose last event lies before it.
+        """
+        numbers = sorted(
+            {self.session_number(position) for position in range(first, first + count)}
+        )
+        return [self._session(number, now) for number in numbers]
+
+    def _session(self, number: int, now: int | None) -> SessionMeta:
+        past, offset = divmod(number, CONCURRENT_SESSIONS)
+        end = self.time_of((past + 1) * self.round - CONCURRENT_SESSIONS + offset)
+        over = now is not None and end < now
+        return SessionMeta(
+            session_id=session_id(number),
+            machine_id=f"machine-{number % 5}",
+            working_directory=f"/home/dev/project-{number % 40}",
+            start_time=self.time_of(past * self.round),
+            end_time=end if over else None,
+            status=SessionStatus.COMPLETED if over else SessionStatus.ACTIVE,
+            parent_session_id=session_id(number - 1) if number % 10 == 9 else None,
+            model="claude-opus-4-5",
+        )
 
     def events(self, first: int, count: int) -> list[MonitorEvent]:
         """The events at these positions."""
@@ -97,7 +126,7 @@ class Load:
     def iter_events(self, first: int, count: int) -> Iterator[MonitorEvent]:
         """The events at these positions, one by one."""
         for position in range(first, first + count):
-            number = _session_number(position)
+            number = self.session_number(position)
             slot = (position * 2_654_435_761) % _PAYLOADS
             event_type, hook_type = self._kinds[slot]
             payload = self._payloads[slot]
@@ -106,7 +135,7 @@ class Load:
                     **payload,
                     "toolUseId": f"toolu_01{_scrambled(position // 2, 4):032x}"[:30],
                 }
-            timestamp = _time(position)
+            timestamp = self.time_of(position)
             yield MonitorEvent(
                 id=event_id(position, timestamp),
                 timestamp=timestamp,
@@ -134,15 +163,6 @@ def event_id(position: int, timestamp: int) -> str:
 def random_id(of_event: str) -> str:
     """The id that the original would give an event: a UUID of version 4, with no order."""
     return str(uuid.UUID(int=_scrambled(uuid.UUID(of_event).int, 3), version=4))
-
-
-def _time(position: int) -> int:
-    return START + position * 1000 // EVENTS_PER_SECOND
-
-
-def _session_number(position: int) -> int:
-    era, offset = divmod(position, SESSION_EVENTS * CONCURRENT_SESSIONS)
-    return era * CONCURRENT_SESSIONS + offset % CONCURRENT_SESSIONS
 
 
 def _scrambled(number: int, salt: int) -> int:
