@@ -326,7 +326,9 @@ def _bench(args: argparse.Namespace) -> int:
     if not url:
         raise ConfigurationError(f"bench: no server is named: give --url or {ENVIRONMENT_URL}")
     _warn_of_password(args)
-    table = run(url, events=args.events, json=args.output, curves=args.curves, tell=tell)
+    table = run(
+        url, events=args.events, full=args.full, json=args.output, curves=args.curves, tell=tell
+    )
     show(table.split("\n"))
     return 0
 

@@ -2,5 +2,5 @@
 
 Absolute figures hold for one machine; so every figure that a goal is about is a ratio between two
 things that were measured in turns, in one run, on one server. `load` makes what is stored, `bare`
-is the opponent, `suite` measures, `report` tells.
+is the opponent, `suite` measures, `year` is the long form, `report` tells.
 """

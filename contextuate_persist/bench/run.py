@@ -11,16 +11,20 @@ from contextuate_persist.bench import report
 from contextuate_persist.bench.bare import bare
 from contextuate_persist.bench.scratch import EMPTY_NAME, scratch_store
 from contextuate_persist.bench.suite import Scale, Suite
+from contextuate_persist.bench.year import YEAR_EVENTS, Year
 from contextuate_persist.config import open_store
 
 #: Connections of the measured store.
 POOL_SIZE = 20
+#: Events of the short form: a minute or two.
+EVENTS = 100_000
 
 
 def run(
     url: str,
     *,
-    events: int,
+    events: int | None = None,
+    full: bool = False,
     json: Path | None = None,
     curves: Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -28,18 +32,20 @@ def run(
     """Measure the server of a URL in a schema (MySQL: a database) of its own; returns the table.
 
     The account must be allowed to make that; it is removed in the end, and nothing else on the
-    server is touched. Raises ConfigurationError where one is left over.
+    server is touched. With `full` it is the year of `bench.year`, of YEAR_EVENTS events unless
+    `events` says how many. Raises ConfigurationError where one is left over.
     """
     backend = open_store(url).backend
+    kind = Year if full else Suite
     with (
         scratch_store(backend, url, pool_size=POOL_SIZE) as (store, own),
         contextlib.closing(bare(backend, own)) as opponent,
     ):
-        suite = Suite(
+        suite = kind(
             store,
             opponent,
             partial(scratch_store, backend, url, EMPTY_NAME),
-            Scale.of(events),
+            Scale.of(events or (YEAR_EVENTS if full else EVENTS)),
             tell=tell,
         )
         suite.run()

@@ -126,9 +126,12 @@ class Suite:
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._load = Load()
+        self._load = self._make_load()
         self._random = random.Random(7)  # noqa: S311  (repeatable, not secret)
         self._stored = 0
+
+    def _make_load(self) -> Load:
+        return Load()
 
     def run(self) -> None:
         for chapter in (
@@ -447,13 +450,8 @@ class Suite:
                 taken = time.perf_counter() - start
             name = f"{pruning}: seconds for {pruned} sessions"
             self._figure("retention", name, taken, "s")
-            for call, found in during.items():
-                if not found.times:
-                    continue
-                self._figure("retention", f"{pruning}: {call}, p95 meanwhile", found.p95, "ms")
-                if pruning == "prune":
-                    ratio = found.p95 / before[call].p95
-                    self._figure("retention", f"{call} while pruning, p95 / before", ratio, "x")
+            words = "while pruning" if pruning == "prune" else None
+            self._meanwhile("retention", pruning, during, before, words)
         for call, was in before.items():
             self._figure("retention", f"{call}, p95 before", was.p95, "ms")
 
@@ -570,12 +568,32 @@ class Suite:
         )
         return ids[0]
 
+    def _meanwhile(
+        self,
+        chapter: str,
+        pruning: str,
+        during: dict[str, Latency],
+        before: dict[str, Latency],
+        words: str | None,
+    ) -> None:
+        """What a pruning did to those who went on; a ratio where there are words for it."""
+        for call, found in during.items():
+            if not found.times:
+                continue
+            self._figure(chapter, f"{pruning}: {call}, p95 meanwhile", found.p95, "ms")
+            if words:
+                ratio = found.p95 / before[call].p95
+                self._figure(chapter, f"{call} {words}, p95 / before", ratio, "x")
+
     @contextmanager
-    def _traffic(self, sessions: list[str]) -> Iterator[dict[str, Latency]]:
+    def _traffic(
+        self, sessions: list[str], work: Iterator[list[MonitorEvent]] | None = None
+    ) -> Iterator[dict[str, Latency]]:
         """A writer and a reader while the block runs, and the times of their calls."""
         write, read = Latency(), Latency()
         stop = threading.Event()
-        work = iter(batches(self._more(100_000), 10))
+        if work is None:
+            work = iter(batches(self._more(100_000), 10))
         turns = itertools.cycle(sessions)
         errors: list[BaseException] = []
 
