@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from contextuate_persist.bench.measure import Figure
 from contextuate_persist.bench.run import POOL_SIZE, described
 from contextuate_persist.bench.scratch import EMPTY_NAME, scratch, scratch_store
 from contextuate_persist.bench.suite import Scale, Suite
+from contextuate_persist.bench.year import YEAR_EVENTS, Year
 from tests import contextuate
 from tests.bench.rivals import rivals
 from tests.servers import Server, mysql_server, postgresql_server
@@ -33,12 +35,21 @@ MYSQL = {
     "max-binlog-size": "256M",
     "binlog-expire-logs-seconds": 60,
 }
+# Of a year so much of the free disk stays free, for logs, binary logs and others on this machine.
+SPARED_PART, SPARED_BYTES = 0.15, 8 * 10**9
+# By so many events is found what each of the year takes.
+TRIED_EVENTS = 300_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--backend", choices=["postgresql", "mysql"], help="one only")
-    parser.add_argument("--events", type=int, default=1_000_000, help="how many to store")
+    parser.add_argument("--events", type=int, help="how many to store (1,000,000)")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help=f"a year of {YEAR_EVENTS:,} events instead, or as many as the free disk allows",
+    )
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--curves", type=Path, help="draw growth and latency here (PNG, SVG)")
     chosen = parser.parse_args()
@@ -47,7 +58,13 @@ def main() -> None:
     servers: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
     for backend in [chosen.backend] if chosen.backend else ["postgresql", "mysql"]:
-        with server_of(backend) as server, measured(server, chosen.events) as suite:
+        with server_of(backend) as server, contextlib.ExitStack() as opened:
+            suite: Suite
+            if chosen.full:
+                events = chosen.events or affordable(server)
+                suite = opened.enter_context(measured_year(server, events))
+            else:
+                suite = opened.enter_context(measured(server, chosen.events or 1_000_000))
             suite.run()
             figures += suite.figures
             curves[backend] = suite.curves
@@ -68,6 +85,36 @@ def server_of(backend: str) -> Server:
     return mysql_server(options=MYSQL)
 
 
+def affordable(server: Server) -> int:
+    """How many events of the year the disk holds, by what a part of them takes."""
+    if server.external_url is not None:
+        return YEAR_EVENTS  # its disk is not here
+    free = shutil.disk_usage(server.directory).free
+    room = free - max(SPARED_PART * free, SPARED_BYTES)
+    with measured_year(server, TRIED_EVENTS) as tried:
+        size = tried.bytes_per_event()
+    events = min(YEAR_EVENTS, int(room / size))
+    say(
+        f"{server.kind}: {size:,.0f} bytes an event, {free / 1e9:,.1f} GB free: "
+        f"room for {events:,} of {YEAR_EVENTS:,}"
+    )
+    return max(TRIED_EVENTS, events)
+
+
+@contextlib.contextmanager
+def measured_year(server: Server, events: int) -> Iterator[Year]:
+    backend = server.kind
+    server.create_database("bench")
+    url = server.url("bench")
+    with (
+        scratch_store(backend, url, pool_size=POOL_SIZE) as (store, own),
+        contextlib.closing(bare(backend, own)) as opponent,
+    ):
+        empty = partial(scratch_store, backend, url, EMPTY_NAME)
+        yield Year(store, opponent, empty, Scale.of(events), tell=say)
+    server.drop_database("bench")
+
+
 @contextlib.contextmanager
 def measured(server: Server, events: int) -> Iterator[Suite]:
     backend = server.kind
@@ -86,7 +133,7 @@ def measured(server: Server, events: int) -> Iterator[Suite]:
             Scale.of(events),
             rivals(own),
             original,
-            tell=lambda line: print(line, file=sys.stderr, flush=True),
+            tell=say,
         )
 
 
@@ -101,6 +148,10 @@ def open_original(backend: str, url: str) -> Iterator[Bare]:
                 if statement.strip():
                     connection.fetch(statement)
         yield connection
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
