@@ -2239,15 +2239,11 @@ class MySQLStore(BaseStore):
     # --- Maintenance ------------------------------------------------------------------------------
 
     def _survey(self) -> dict[str, doctor.Rows | None]:
-        answers: dict[str, doctor.Rows | None] = {}
-        for name, query in SURVEY.items():
-            # A connection each: one on which the server has refused a row takes no more queries.
-            connection = self._connect()
-            try:
-                answers[name] = _answer(connection, query)
-            finally:
-                _close_quietly(connection)
-        return answers
+        connection = self._connect()
+        try:
+            return {name: _answer(connection, query) for name, query in SURVEY.items()}
+        finally:
+            _close_quietly(connection)
 
     def _refresh_statistics(self, table: str) -> None:
         self._tend(REFRESH_STATISTICS, table)
@@ -2766,7 +2762,13 @@ def _execute(
     connection: Any, statement: str, parameters: Mapping[str, Any] | None = None
 ) -> list[Any]:
     cursor = _prepared(connection, statement, parameters)
-    rows = list(cursor.fetchall())
+    try:
+        rows = list(cursor.fetchall())
+    except (MySQLError, MySQLInterfaceError):
+        # Refused, or given up, only while its rows were read. The C extension has freed them, but
+        # does not note it: every statement to come would end with "Unread result found".
+        connection._unread_result = False  # noqa: SLF001
+        raise
     if rows and isinstance(connection, mysql.connector.connection.MySQLConnection):
         # The pure Python driver hands texts of binary collations over as bytes.
         texts = [column[1] != _JSON_TYPE and column[8] != _BINARY for column in cursor.description]

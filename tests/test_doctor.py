@@ -255,6 +255,24 @@ def test_both_implementations_of_the_driver_see_the_same(database: Database, bac
 
 
 @pytest.mark.only("mysql")
+@pytest.mark.parametrize("more", ["", "?use-pure=1"])
+def test_what_is_refused_keeps_nothing_else_from_being_told(
+    modest: Database, backend: str, more: str
+) -> None:
+    """Without PROCESS the statistics are refused, and only while their rows are read."""
+    for table in ("performance_schema.*", "mysql.innodb_index_stats"):
+        modest.server.execute(f"GRANT SELECT ON {table} TO '{modest.user}'@'%'")
+    try:
+        found = {one.check: str(one) for one in findings(modest.url + more)}
+    finally:
+        for table in ("performance_schema.*", "mysql.innodb_index_stats"):
+            modest.server.execute(f"REVOKE SELECT ON {table} FROM '{modest.user}'@'%'")
+    untold = [check for check, message in found.items() if "not told" in message]
+    assert untold == ["statistics", "prepared"]
+    assert make_store(modest.url + more).survey()["transactions"] is None
+
+
+@pytest.mark.only("mysql")
 def test_forgotten_xa_transactions_are_found(database: Database, backend: str) -> None:
     with_rows = database.server._connect(database.name)
     cursor = with_rows.cursor()
