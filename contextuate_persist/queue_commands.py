@@ -12,7 +12,7 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.console import show, show_json, tell, terminal_width
 from contextuate_persist.dead_letters import DeadLetter, DeadLetters, replay
 from contextuate_persist.errors import ConfigurationError, InvalidRecord, SpoolError
-from contextuate_persist.spool import spool_state
+from contextuate_persist.spool import Spool, spool_state
 from contextuate_persist.writer import EventWriter, default_spool
 
 OpenStore = Callable[[argparse.Namespace], BaseStore]
@@ -23,16 +23,22 @@ def _directory(args: argparse.Namespace) -> Path:
 
 
 def spool(args: argparse.Namespace, open_given: OpenStore) -> int:
-    """What lies in a spool; or store it, if no daemon does."""
+    """What lies in a spool, and aside of it; or store it, if no daemon does."""
     if args.action == "replay":
         return _replay_spool(args, open_given)
     directory = _directory(args)
     state = spool_state(directory)
-    letters = len(DeadLetters(directory / "dead").ids())
+    dead, damaged = DeadLetters(directory / "dead"), Spool(directory).damaged
+    letters = len(dead.ids())
+    for aside in (dead.aside, damaged):
+        aside.look()
+    size = dead.aside.bytes + damaged.bytes
     age = None if state.oldest is None else max(0.0, time.time() - state.oldest / 1000)
     if args.json:
-        record = {"directory": str(directory), "records": state.records, "bytes": state.bytes}
-        show_json([{**record, "oldestSeconds": age, "deadLetters": letters}])
+        record: dict[str, object] = {"directory": str(directory)}
+        record |= {"records": state.records, "bytes": state.bytes}
+        record |= {"oldestSeconds": age, "deadLetters": letters, "asideBytes": size}
+        show_json([record])
         return 0
     waiting = "nothing waits" if age is None else f"{state.records:,} wait, the oldest {age:,.0f} s"
     show(
@@ -41,6 +47,8 @@ def spool(args: argparse.Namespace, open_given: OpenStore) -> int:
             f"{letters:,} dead letters" + ("; see `dead list`" if letters else ""),
         ]
     )
+    if size:
+        show([f"{size:,} bytes lie aside in dead and damaged, and count against what may wait"])
     return 0
 
 

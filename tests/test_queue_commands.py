@@ -59,6 +59,22 @@ def test_what_waits_is_told_and_stored(run: Run, directory: Path, store: BaseSto
     assert told == {"found": 0, "stored": 0, "duplicate": 0, "setAside": 0, "left": 0}
 
 
+def test_what_lies_aside_is_told(run: Run, directory: Path, store: BaseStore) -> None:
+    assert json.loads(run("spool", "status", "--json")[1])["asideBytes"] == 0
+    with EventWriter(store) as writer:
+        assert writer.put(event(data={"x": float("nan")})).wait_stored(30)
+        aside = writer.health().aside_bytes
+    (directory / "damaged").mkdir()
+    (directory / "damaged" / "part").write_bytes(b"x" * 5000)
+    lines = run("spool", "status")[1].splitlines()
+    assert lines[1:] == [
+        "1 dead letters; see `dead list`",
+        f"{aside + 5000:,} bytes lie aside in dead and damaged, and count against what may wait",
+    ]
+    told = json.loads(run("spool", "status", "--json")[1])
+    assert (told["deadLetters"], told["asideBytes"]) == (1, aside + 5000)
+
+
 def test_what_cannot_be_stored_in_time_stays(
     run: Run, directory: Path, store: BaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
