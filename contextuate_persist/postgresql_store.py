@@ -1734,9 +1734,9 @@ CLOSE_SCHEMA = (
 
 # As the owner, who may grant nothing on what extensions have in the same schema. Tables of later
 # migrations are open to the accounts by themselves.
-GRANT_PARTITIONED_ACCESS = (
-    "GRANT SELECT, INSERT, UPDATE, DELETE ON event_ids TO {application}",
-    "GRANT SELECT ON event_ids TO {reader}",
+GRANT_PARTITIONED_ACCESS: tuple[LiteralString, ...] = (
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO {application}",
+    "GRANT SELECT ON {table} TO {reader}",
 )
 GRANT_ACCESS = (
     "REVOKE ALL ON DATABASE {database} FROM PUBLIC",
@@ -2988,9 +2988,14 @@ class PostgreSQLAdministrator:
                     connection.execute(sql.SQL(statement).format(**self._identifiers))
             connection.execute(sql.SQL("SET ROLE {owner}").format(**self._identifiers))
             with connection.transaction():
-                partitioned = GRANT_PARTITIONED_ACCESS if _is_partitioned(connection) else ()
-                for statement in (*GRANT_ACCESS, *partitioned):
+                for statement in GRANT_ACCESS:
                     connection.execute(sql.SQL(statement).format(**self._identifiers))
+                # The second is there while events is copied, and then takes its place.
+                names = {"names": ["event_ids", "events_partitioned"]}
+                for (name,) in connection.execute(SELECT_TABLES, names).fetchall():
+                    words = {**self._identifiers, "table": sql.Identifier(name)}
+                    for statement in GRANT_PARTITIONED_ACCESS:
+                        connection.execute(sql.SQL(statement).format(**words))
             return bool(before != connection.execute(SELECT_ACCESS).fetchall())
 
     def owner_store(self) -> PostgreSQLStore:

@@ -23,7 +23,14 @@ import mysql.connector
 import psycopg
 import pytest
 
-from contextuate_persist import StoreRefused, accounts, open_store, postgresql_store, setup
+from contextuate_persist import (
+    StoreRefused,
+    accounts,
+    open_store,
+    partitions,
+    postgresql_store,
+    setup,
+)
 from contextuate_persist.accounts import Account, Names
 from contextuate_persist.administrator import Server
 from contextuate_persist.cli import main
@@ -256,6 +263,96 @@ def test_what_is_missing_is_made_again(run: Setup) -> None:
     assert (status, "+ privileges" in out) == (0, True)
     with open_store(run.url("read-only")) as store:
         assert store.get_events("s") == []
+
+
+def owner_url(run: Setup) -> str:
+    """The administrator's, who acts as the owner where tables have one."""
+    url = run.server.url(run.database)
+    role = quote(f"-crole={Names().of(run.environment).owner}", safe="")
+    return f"{url}?options={role}" if run.backend == "postgresql" else url
+
+
+def rights(run: Setup) -> list[Any]:
+    """Who may do what to which table."""
+    if run.backend == "postgresql":
+        return run.execute("SELECT relname, relacl::text FROM pg_class ORDER BY relname, oid")
+    return run.execute(
+        "SELECT grantee, privilege_type FROM information_schema.schema_privileges "
+        "WHERE grantee LIKE '%monitor%' ORDER BY grantee, privilege_type"
+    )
+
+
+def check_accounts(run: Setup, *owned: tuple[str, int]) -> None:
+    """Each of these accounts does what it is for in a partitioned database."""
+    for purpose, index in owned:
+        with open_store(run.url(purpose, index)) as store:
+            assert store.health().schema_layout == "partitioned"
+            one = event(secrets.token_hex(4))
+            if purpose == "application":
+                assert store.save_event(one) is True
+                assert store.save_events([one, event(one.session_id)]) == 1
+                assert store.get_event_by_id(one.session_id, one.id) == one
+                store.delete_session(one.session_id)
+            else:
+                assert store.get_event_by_id(one.session_id, one.id) is None
+                with pytest.raises(StoreRefused):
+                    store.save_event(one)
+            found = {finding.check: finding for finding in store.check()}
+            assert (found["drift"].level, found["drift"].advice) == (Level.OK, "")
+            wanted = Level.OK if purpose == "application" else Level.WARNING  # to read only
+            assert found["privileges"].level is wanted, str(found["privileges"])
+
+
+def test_setting_up_a_partitioned_database_changes_only_what_is_asked_for(run: Setup) -> None:
+    assert run()[0] == 0
+    kept = event("kept")
+    with open_store(run.url()) as store:
+        store.save_event(kept)
+    owner = open_store(owner_url(run))
+    owner.partition_events("month")
+    layout, allowed = owner.partitions(), rights(run)
+    check_accounts(run, ("application", -1), ("read-only", -1))
+    status, out, err = run()
+    assert (status, err) == (0, "")
+    assert "nothing was changed" in out
+    status, out, err = run("--rotate")
+    assert (status, err) == (0, "")
+    changed = [line.split()[1] for line in out.splitlines() if line.startswith("+")]
+    assert changed == ["account", "account"]
+    assert rights(run) == allowed
+    every = [(purpose, index) for purpose in ("application", "read-only") for index in (0, 1)]
+    check_accounts(run, *every)
+    others = ("--user", f"u_{run.environment}", "--reader", f"r_{run.environment}")
+    status, out, err = run(*others)
+    assert (status, err) == (0, "")
+    changed = [line.split()[1] for line in out.splitlines() if line.startswith("+")]
+    assert changed == ["account", "account", "privileges"]
+    check_accounts(run, *every, ("application", 2), ("read-only", 2))
+    with open_store(run.url()) as store:
+        assert store.get_events("kept") == [kept]
+    assert [one.name for one in owner.partitions()] == [one.name for one in layout]
+    forget_accounts(run)
+
+
+def test_accounts_that_are_made_half_way_have_all_rights_once_events_is_partitioned(
+    run: Setup,
+) -> None:
+    assert run()[0] == 0
+    owner = open_store(owner_url(run))
+    with owner._partition_session(60) as session:  # as far as one comes that is killed then
+        session.prepare(partitions._first_spans(session, "month", None))
+    others = ("--user", f"u_{run.environment}", "--reader", f"r_{run.environment}")
+    assert run(*others)[0] == 0
+    owner.partition_events("month")
+    check_accounts(run, *((one, index) for one in ("application", "read-only") for index in (0, 1)))
+    forget_accounts(run)
+
+
+def forget_accounts(run: Setup) -> None:
+    for name in (f"u_{run.environment}", f"r_{run.environment}"):
+        if run.backend == "postgresql":
+            run.execute(f'DROP OWNED BY "{name}"')
+        run.server.drop_login(name)
 
 
 def test_environments_are_kept_apart(run: Setup) -> None:
