@@ -82,6 +82,7 @@ TOMBSTONE_DAYS = 90
 _CONFLICT_ATTEMPTS = 12
 _LOST_ATTEMPTS = 6
 _PAGE_ROWS = 128
+_PAGE_OF_MANY = 512  # of many sessions
 _PAGE_BYTES = 4 * 2**20
 _DELETE_SESSIONS = 200
 _DELETE_EVENTS = 1000
@@ -598,7 +599,6 @@ class BaseStore(ABC):
             )
             rows = self._run(page)
             full = len(rows) == rows_of_page
-            size = sum(len(row[9]) + len(row[10] or b"") for row in rows)
             position = Cursor(rows[-1][2], rows[-1][1]) if rows else None
             for row in rows:
                 event = self._complete(row)
@@ -607,10 +607,7 @@ class BaseStore(ABC):
             if not full:
                 return
             filters = {**filters, "before" if newest_first else "after": position}
-            if size > _PAGE_BYTES:
-                rows_of_page = max(1, rows_of_page // 2)
-            elif size < _PAGE_BYTES // 4:
-                rows_of_page = min(_PAGE_ROWS, rows_of_page * 2)
+            rows_of_page = _next_page(rows_of_page, rows, _PAGE_ROWS)
 
     def _complete(self, row: Sequence[Any]) -> MonitorEvent | None:
         """The event of a page's row; None if it had to be fetched and was deleted meanwhile."""
@@ -1195,6 +1192,42 @@ class BaseStore(ABC):
         rows = self._run(self._select_tallies)
         return {row[0]: records.tally_from_row(row) for row in rows}
 
+    def sessions_of(self, ids: Sequence[str]) -> dict[str, SessionMeta]:
+        """Those of some sessions that are there, by id, as `get_session` gives them."""
+        select = partial(self._select_sessions, filters={"session_ids": list(ids)}, limit=None)
+        found = map(records.session_from_row, self._run(select) if ids else [])
+        return {session.session_id: session for session in found}
+
+    def events_of(self, counts: Mapping[str, int]) -> Iterator[MonitorEvent]:
+        """The events of some sessions, each session's together and as `iter_events` gives them.
+
+        `counts` says how many each had a moment ago: small sessions are read many at a time, in
+        bounded memory. Sessions that are not there have none.
+        """
+        self._check_open()
+        waiting = dict(counts)
+        rows_of_page = 32
+        while waiting:
+            ids: list[str] = []
+            expected = 0
+            for session_id, count in waiting.items():
+                expected += count
+                if ids and expected > rows_of_page:
+                    break
+                ids.append(session_id)
+            select = partial(self._select_events_of, ids=ids, limit=rows_of_page + 1)
+            rows = self._run(select) if len(ids) > 1 else []
+            if len(ids) == 1 or len(rows) > rows_of_page:  # or more have come meanwhile
+                yield from self._pages({"session_id": ids[0]}, newest_first=False, most=_PAGE_ROWS)
+                del waiting[ids[0]]
+                continue
+            for event in map(self._complete, rows):
+                if event:
+                    yield event
+            for session_id in ids:
+                del waiting[session_id]
+            rows_of_page = _next_page(rows_of_page, rows, _PAGE_OF_MANY)
+
     def deletions(self) -> list[tuple[str, int]]:
         """The deletions that are remembered: the session's id, and until when it is not welcome."""
         return [(session_id, until) for session_id, until in self._run(self._select_all_deletions)]
@@ -1409,6 +1442,10 @@ class BaseStore(ABC):
 
         With `large_later` a row has the size of `exact` behind it, and no `exact` if that is large.
         """
+
+    @abstractmethod
+    def _select_events_of(self, connection: Any, ids: list[str], limit: int) -> list[Any]:
+        """Rows as with `large_later`, by session, and within it in the order of its events."""
 
     @abstractmethod
     def _select_event(self, connection: Any, session_id: str, event_id: str) -> Any:
@@ -1681,6 +1718,14 @@ def _event_filters(**given: Any) -> dict[str, Any]:
     if "contains" in filters and not any(name in filters for name in _CONTAINS_BOUNDS):
         raise InvalidRecord(f"contains: give one of {', '.join(_CONTAINS_BOUNDS)} beside it")
     return filters
+
+
+def _next_page(rows_of_page: int, rows: Sequence[Sequence[Any]], most: int) -> int:
+    """How many rows the page after these may have: fewer where payloads are large."""
+    size = sum(len(row[9]) + len(row[10] or b"") for row in rows)
+    if size > _PAGE_BYTES:
+        return max(1, rows_of_page // 2)
+    return min(most, rows_of_page * 2) if size < _PAGE_BYTES // 4 else rows_of_page
 
 
 def _messages(usages: Iterable[MessageUsage]) -> list[MessageUsage]:

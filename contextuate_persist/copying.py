@@ -111,13 +111,11 @@ class _Copier:
     def copy(self) -> None:
         for ids in _portions(sorted(self._given), _SESSIONS):
             # Events first: they bring back a session that had been deleted, also in the target.
-            for session_id in ids:
-                self._copy_events(session_id)
-            self._flush()
+            self._copy_events(ids)
             sessions = self._copy_sessions(ids)
             for session_id in ids:
                 self._copy_messages(session_id)
-                self._settle(session_id, sessions.get(session_id))
+            self._settle(ids, sessions)
         self._target.add_deletions(self._deletions)
 
     def compare(self) -> None:
@@ -140,22 +138,26 @@ class _Copier:
 
     # --- Events -----------------------------------------------------------------------------------
 
-    def _copy_events(self, session_id: str) -> None:
-        given = self._given[session_id]
-        if _events_of(self._there.get(session_id)) == _events_of(given):
-            self._advance(given.events)
-            return
-        for event in self._source.iter_events(session_id=session_id):
+    def _copy_events(self, ids: Sequence[str]) -> None:
+        wanted: dict[str, int] = {}
+        for session_id in ids:
+            given = self._given[session_id]
+            if _events_of(self._there.get(session_id)) == _events_of(given):
+                self._advance(given.events)
+            else:
+                wanted[session_id] = given.events
+        for event in self._source.events_of(wanted):
             try:
                 row = records.encode_event(records.check_event(event))
             except InvalidRecord as error:  # of a row that something else has written
-                self._tell(f"{session_id}: event {event.id}: {error}")
+                self._tell(f"{event.session_id}: event {event.id}: {error}")
                 self._advance(1)
                 continue
             self._rows.append(row)
             self._size += row.size
             if len(self._rows) >= CHUNK_ROWS or self._size > _BATCH_BYTES:
                 self._flush()
+        self._flush()
 
     def _flush(self) -> None:
         rows, self._rows, self._size = self._rows, [], 0
@@ -185,11 +187,8 @@ class _Copier:
 
     def _copy_sessions(self, ids: Sequence[str]) -> dict[str, SessionMeta]:
         """Save those that are due; the source's, as they were read."""
-        sessions: list[SessionMeta] = []
-        for session_id in ids:
-            session = self._source.get_session(session_id) if self._is_due(session_id) else None
-            if session is not None:
-                sessions.append(session)
+        found = self._source.sessions_of([*filter(self._is_due, ids)])
+        sessions = [found[session_id] for session_id in ids if session_id in found]
         try:
             self._saved += self._target.save_sessions(sessions)
         except InvalidBatch as error:
@@ -198,7 +197,7 @@ class _Copier:
             bad = {refusal.index for refusal in error.refused}
             good = [session for index, session in enumerate(sessions) if index not in bad]
             self._saved += self._target.save_sessions(good)
-        return {session.session_id: session for session in sessions}
+        return found
 
     def _is_due(self, session_id: str) -> bool:
         """Whether somebody has saved the session, and later than the target's."""
@@ -219,16 +218,23 @@ class _Copier:
         except SessionNotFound:
             pass  # deleted in the target, or at this moment in the source
 
-    def _settle(self, session_id: str, own: SessionMeta | None) -> None:
+    def _settle(self, ids: Sequence[str], saved: dict[str, SessionMeta]) -> None:
         """Set what saving leaves: what is empty by now, and all of sessions that nobody saved."""
+        due = [session_id for session_id in ids if self._is_to_settle(session_id)]
+        own = saved | self._source.sessions_of([one for one in due if one not in saved])
+        copied = self._target.sessions_of(due)
+        for session_id in due:
+            if session_id in own:
+                self._settle_one(own[session_id], copied.get(session_id))
+
+    def _is_to_settle(self, session_id: str) -> bool:
         given, there = self._given[session_id], self._there.get(session_id)
         known = there is not None and there.known_from == "session"
-        if given.known_from == "reference" or (known and not self._is_due(session_id)):
-            return
-        own = own or self._source.get_session(session_id)
-        copied = self._target.get_session(session_id)
-        if own is None:
-            return
+        return given.known_from != "reference" and (not known or self._is_due(session_id))
+
+    def _settle_one(self, own: SessionMeta, copied: SessionMeta | None) -> None:
+        session_id = own.session_id
+        given, there = self._given[session_id], self._there.get(session_id)
         try:
             if copied is None:
                 # Without events nothing has made it yet; or it was deleted in the target.

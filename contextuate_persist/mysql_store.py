@@ -215,6 +215,17 @@ SELECT_EVENTS_SMALL = SELECT_EVENTS.replace(
     "CASE WHEN OCTET_LENGTH(e.exact) <= 65536 THEN e.exact END, OCTET_LENGTH(e.exact)",
 )
 
+SELECT_EVENTS_OF = (
+    SELECT_EVENTS_SMALL
+    + """
+JOIN JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked ON asked.session_id = e.session_id
+ORDER BY e.session_id, e.timestamp, e.seq
+LIMIT %(limit)s
+"""
+)
+
 SELECT_EVENT = SELECT_EVENTS + "WHERE e.id = UUID_TO_BIN(%(id)s) AND e.session_id = %(session_id)s"
 
 # By way of event_ids to one row of one partition: there is no index of the ids in each.
@@ -390,6 +401,13 @@ WHERE s.known_from <> 'reference'
 
 SESSION_CLAUSES = {
     "session_id": "s.session_id = %(session_id)s",
+    "session_ids": """s.session_id IN (
+        SELECT asked.session_id
+        FROM JSON_TABLE(
+            %(session_ids)s,
+            '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+        ) AS asked
+    )""",
     "status": "s.status = %(status)s",
     "machine_id": "s.machine_id = %(machine_id)s",
     "effective_parent_id": "s.effective_parent_id = %(effective_parent_id)s",
@@ -1860,6 +1878,10 @@ class MySQLStore(BaseStore):
         )
         return _execute(connection, query, parameters)
 
+    def _select_events_of(self, connection: Any, ids: list[str], limit: int) -> list[Any]:
+        asked = {"session_ids": records.json_list(ids), "limit": limit}
+        return _execute(connection, SELECT_EVENTS_OF, asked)
+
     def _select_event(self, connection: Any, session_id: str, event_id: str) -> Any:
         statement = SELECT_PARTITIONED_EVENT if self._partitioned else SELECT_EVENT
         rows = _execute(connection, statement, {"id": event_id, "session_id": session_id})
@@ -1904,7 +1926,10 @@ class MySQLStore(BaseStore):
         )
         if limit is not None:
             query += " LIMIT %(limit)s"
-        return _execute(connection, query, {**filters, "limit": limit})
+        parameters = {**filters, "limit": limit}
+        if "session_ids" in filters:
+            parameters["session_ids"] = records.json_list(filters["session_ids"])
+        return _execute(connection, query, parameters)
 
     def _select_subtree(self, connection: Any, session_id: str) -> list[Any]:
         return _execute(connection, SELECT_SUBTREE, {"session_id": session_id})

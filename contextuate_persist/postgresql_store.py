@@ -228,6 +228,15 @@ SELECT_EVENTS_SMALL = SELECT_EVENTS.replace(
     "CASE WHEN OCTET_LENGTH(e.exact) <= 65536 THEN e.exact END, OCTET_LENGTH(e.exact)",
 )
 
+SELECT_EVENTS_OF = (
+    SELECT_EVENTS_SMALL
+    + """
+WHERE e.session_id = ANY(%(session_ids)s::text[])
+ORDER BY e.session_id, e.timestamp, e.seq
+LIMIT %(limit)s
+"""
+)
+
 SELECT_EVENT = SELECT_EVENTS + "WHERE e.id = %(id)s AND e.session_id = %(session_id)s"
 
 # By way of event_ids to one row of one partition: there is no index of the ids in each.
@@ -419,6 +428,7 @@ WHERE s.session_id = ANY(%(session_ids)s::text[]) AND s.known_from <> 'reference
 
 SESSION_CLAUSES = {
     "session_id": "s.session_id = %(session_id)s",
+    "session_ids": "s.session_id = ANY(%(session_ids)s::text[])",
     "status": "s.status = %(status)s::session_status",
     "machine_id": "s.machine_id = %(machine_id)s",
     "effective_parent_id": "s.effective_parent_id = %(effective_parent_id)s",
@@ -2180,6 +2190,12 @@ class PostgreSQLStore(BaseStore):
         bounded = not filters or {"session_id", "tool_use_id"} & filters.keys()
         prepare = None if bounded else False
         return connection.execute(query, parameters, prepare=prepare).fetchall()
+
+    def _select_events_of(
+        self, connection: psycopg.Connection[Any], ids: list[str], limit: int
+    ) -> list[Any]:
+        asked = {"session_ids": ids, "limit": limit}
+        return connection.execute(SELECT_EVENTS_OF, asked).fetchall()
 
     def _select_event(
         self, connection: psycopg.Connection[Any], session_id: str, event_id: str

@@ -17,6 +17,7 @@ from contextuate_persist import (
     SchemaError,
     StoreUnavailable,
     TokenUsage,
+    base,
     copying,
 )
 from contextuate_persist.arguments import ENVIRONMENT_TARGET
@@ -28,7 +29,7 @@ from tests import servers
 from tests.builders import T0, event, session, usage
 from tests.conftest import BACKENDS, Database, make_store, new_database
 
-BOTH_LAYOUTS = "copy_holds|second_copy|goes_on"
+BOTH_LAYOUTS = "copy_holds|second_copy|goes_on|at_a_time"
 
 HOSTILE: dict[str, Any] = {
     "nul": "a\0b",
@@ -266,6 +267,48 @@ def test_a_session_that_goes_meanwhile_does_no_harm(
 
     monkeypatch.setattr(copying, "_Copier", Deleting)
     assert copy_store(store, target).problem_count == 0
+
+
+def test_small_sessions_are_read_many_at_a_time(
+    store: BaseStore, target: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_events([event(f"s{n:03}", T0 + 9 - n % 5) for n in range(2000)])
+    store.save_sessions([session(f"s{n:03}", label="saved") for n in range(0, 1000, 2)])
+    trips = mock.Mock(side_effect=store._run)
+    monkeypatch.setattr(store, "_run", trips)
+    assert copy_store(store, target).problem_count == 0
+    assert trips.call_count < 60  # five or so for 200 sessions
+    monkeypatch.undo()
+    assert contents(target) == contents(store)
+
+
+def test_events_are_read_many_sessions_at_a_time_as_one_at_a_time(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_PAGE_BYTES", 40_000)
+    sizes = {"a": 3, "b": 0, "c": 40, "d": 1, "e": 2, "f": 700, "g": 5, "Z": 4, "\u00e9": 3}
+    store.save_events(
+        [
+            event(name, T0 + 50 - n % 7, data={"n": n, "x": "x" * (900 if name in "ce" else 9)})
+            for name, size in sizes.items()
+            for n in range(size)
+        ]
+    )
+    store.save_events([event("d", data={"nul": "\0", "big": "x" * 100_000})])
+    pages = mock.Mock(side_effect=store._select_events_of)
+    monkeypatch.setattr(store, "_select_events_of", pages)
+    asked = [*sizes, "not there"]
+    wanted = {name: [*store.iter_events(session_id=name)] for name in asked}
+    for counts in (sizes, dict.fromkeys(asked, 1), dict.fromkeys(asked, 10**6)):
+        read: dict[str, list[Any]] = {name: [] for name in asked}
+        order: list[str] = []
+        for one in store.events_of({**counts, "not there": 0}):
+            read[one.session_id].append(one)
+            order += [one.session_id] if [one.session_id] != order[-1:] else []
+        assert read == wanted
+        assert len(order) == len(set(order))  # each session's are together
+    assert pages.call_count > 3
+    assert list(store.events_of({})) == []
 
 
 def test_a_database_is_not_copied_onto_itself(store: BaseStore, database: Database) -> None:

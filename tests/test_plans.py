@@ -682,6 +682,18 @@ def test_what_retention_asks_of_some_sessions_it_finds_by_indexes(full: BaseStor
     check(plans, expected[full.backend], {"s", "e", "t"}, set())  # a few are sorted, to lock them
 
 
+def test_what_a_copy_reads_of_some_sessions_it_finds_by_indexes(full: BaseStore) -> None:
+    ids = [name(number) for number in (1, 2, 2_990)]
+    with watched(full) as plans:
+        assert len(full.sessions_of(ids)) == 3
+        assert list(full.events_of(dict.fromkeys(ids, 5)))
+    expected = {
+        "postgresql": "sessions_pkey idx_sessions_effective_parent idx_events_session_timestamp",
+        "mysql": "sessions.PRIMARY idx_effective_parent events.PRIMARY",
+    }
+    check(plans, expected[full.backend], {"s", "e"}, set())  # a few are sorted
+
+
 # --- Indexes --------------------------------------------------------------------------------------
 
 # Those that serve no statement of the stores, and what they are for.
