@@ -181,7 +181,7 @@ class _Work:
     def _delete(self, step: list[tuple[Tree, Weight]], fingerprints: Mapping[str, str]) -> None:
         begun = time.monotonic()
         states = [state for tree, _ in step for state in tree]
-        many = sum(weight.events for _, weight in step) > retention.SLICED_EVENTS
+        many = retention.too_much(step)
         gone = set(self._store.delete_unchanged(states, fingerprints, in_slices=many))
         for tree, weight in step:
             if tree[0].session_id in gone:
@@ -220,7 +220,8 @@ class _Work:
                 for some in retention.steps(batch):
                     # Before anything is read: whatever changes from here on, the deletion notices.
                     ids = [state.session_id for tree, _ in some for state in tree]
-                    fingerprints |= self._store.fingerprints(ids)
+                    many = retention.too_much(some)
+                    fingerprints |= self._store.fingerprints(ids, in_slices=many)
                     for tree, _ in some:
                         for state in tree:
                             if state.is_shown:
@@ -268,7 +269,7 @@ class _Work:
                         wrong.pop(session_id, None)
         except (*transfer.DAMAGE, InvalidRecord) as error:
             raise DamagedFile(f"{part}: cannot be read back: {error}") from error
-        now = self._store.fingerprints(sorted(wrong)) if wrong else {}
+        now = self._store.fingerprints(sorted(wrong), in_slices=True) if wrong else {}
         for session_id, reason in wrong.items():
             same = session_id in now and now[session_id] == fingerprints.get(session_id)
             # Its list of children changes with these, not with itself.

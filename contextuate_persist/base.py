@@ -72,6 +72,9 @@ T = TypeVar("T")
 #: An event on its way in, encoded already or just before it is sent.
 Event: TypeAlias = CheckedEvent | EventRow
 
+#: What is asked of each event of a session that has too much for one statement.
+Sliced: TypeAlias = Literal["fingerprint", "weight"]
+
 #: Rows of one transaction at most; more gain nothing on either server.
 CHUNK_ROWS = 1000
 #: Events that one statement deletes at most, of sessions that have very many.
@@ -84,6 +87,7 @@ _LOST_ATTEMPTS = 6
 _PAGE_ROWS = 128
 _PAGE_OF_MANY = 512  # of many sessions
 _PAGE_BYTES = 4 * 2**20
+_SLICE_ROWS = 1024
 _DELETE_SESSIONS = 200
 _DELETE_EVENTS = 1000
 _LONGEST_TIMEOUT = 1_000_000  # seconds; in milliseconds it still fits the servers' settings
@@ -998,13 +1002,61 @@ class BaseStore(ABC):
         That is their payloads and paths as the server stores them, compressed or not, and for the
         rest of an event and its entries in the indexes a fixed number.
         """
-        rows = self._run(partial(self._select_weights, ids=list(ids)))
+
+        def weigh(connection: Any) -> list[Any]:
+            try:
+                return self._select_weights(connection, list(ids))
+            except Exception as error:
+                if self._fault(error) is not Fault.TIMEOUT:
+                    raise
+            return [(one, *_weight(self._slices(connection, "weight", one))) for one in ids]
+
+        rows = self._run(weigh)
         found = {row[0]: Weight(row[1], row[2] + row[1] * self._event_bytes) for row in rows}
         return {session_id: found.get(session_id, Weight(0, 0)) for session_id in ids}
 
-    def fingerprints(self, ids: Sequence[str]) -> dict[str, str]:
-        """A checksum over everything that is stored of a session, for those that are there."""
-        return self._run(partial(self._select_fingerprints, ids=list(ids)))
+    def fingerprints(self, ids: Sequence[str], *, in_slices: bool = False) -> dict[str, str]:
+        """A checksum over everything that is stored of a session, for those that are there.
+
+        The same `in_slices`, which is for sessions with so much that one statement would take too
+        long.
+        """
+        return self._run(partial(self._fingerprints, ids=list(ids), in_slices=in_slices))
+
+    def _fingerprints(self, connection: Any, ids: list[str], in_slices: bool) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for row in self._select_fingerprints(connection, ids, with_events=not in_slices):
+            session_id, own, events, messages = row
+            if in_slices:
+                events = self._joined(self._slices(connection, "fingerprint", session_id))
+            found[session_id] = f"{own} {events} {messages}"
+        return found
+
+    def _slices(self, connection: Any, what: Sliced, session_id: str) -> Iterator[Any]:
+        """A value of each event of a session, in their order, by statements that each end in time.
+
+        What this takes the size of payloads and the disk decide: the time of the last slice tells
+        how long the next one may be, and one that takes too long is cut.
+        """
+        rows_of_slice, after = 64, Cursor(-(2**63), -(2**63))
+        while True:
+            started = time.monotonic()
+            try:
+                rows = self._select_slice(connection, what, session_id, after, rows_of_slice)
+            except Exception as error:
+                if self._fault(error) is not Fault.TIMEOUT or rows_of_slice == 1:
+                    raise
+                rows_of_slice = max(1, rows_of_slice // 8)
+                continue
+            yield from (value for _, _, value in rows)
+            if len(rows) < rows_of_slice:
+                return
+            after = Cursor(rows[-1][0], rows[-1][1])
+            part = (time.monotonic() - started) / self._statement_timeout
+            if part > 1 / 8:
+                rows_of_slice = max(1, rows_of_slice // 2)
+            elif part < 1 / 32:
+                rows_of_slice = min(_SLICE_ROWS, rows_of_slice * 2)
 
     def get_usage(self, session_id: str) -> list[MessageUsage]:
         """The messages that the token ledger has of a session, by their ids."""
@@ -1022,8 +1074,8 @@ class BaseStore(ABC):
         """Delete trees, in one transaction, that are still as these states have them; the ids.
 
         A tree of which one session has changed, is gone, or has a child besides, is left alone, and
-        with `fingerprints` also where these are not the same any more. `in_slices` is for trees of
-        so many events that one statement would take too long.
+        with `fingerprints` also where these are not the same any more. `in_slices` is for trees
+        with so much that one statement would take too long.
         """
         planned = trees.linked_groups({state.session_id: state.parent_id for state in states})
         known = {state.session_id: state for state in states}
@@ -1036,7 +1088,7 @@ class BaseStore(ABC):
             found = [*map(records.state_from_row, self._select_states(connection, family))]
             same = {state.session_id for state in found if state == known.get(state.session_id)}
             if fingerprints is not None:
-                now = self._select_fingerprints(connection, ids)
+                now = self._fingerprints(connection, ids, in_slices)
                 same = {one for one in same if now.get(one, "") == fingerprints.get(one)}
             # A parent that was not stored, or a child that nobody knew.
             strangers = {state.session_id for state in found if state.session_id not in known}
@@ -1596,8 +1648,21 @@ class BaseStore(ABC):
         """Rows of id, number of events and the bytes of their values; none without events."""
 
     @abstractmethod
-    def _select_fingerprints(self, connection: Any, ids: list[str]) -> dict[str, str]:
+    def _select_fingerprints(self, connection: Any, ids: list[str], with_events: bool) -> list[Any]:
         """A checksum of each session that is there, with its events and messages."""
+
+    @abstractmethod
+    def _select_slice(
+        self, connection: Any, what: Sliced, session_id: str, after: Cursor, limit: int
+    ) -> list[Any]:
+        """Rows of timestamp, seq and a value, of the events after a place in their order.
+
+        One that takes too long leaves a transaction as it was.
+        """
+
+    @abstractmethod
+    def _joined(self, hashes: Iterable[Any]) -> str:
+        """What a fingerprint has of events, from the hash of each."""
 
     @abstractmethod
     def _select_usage(self, connection: Any, session_id: str) -> list[Any]:
@@ -1718,6 +1783,14 @@ def _event_filters(**given: Any) -> dict[str, Any]:
     if "contains" in filters and not any(name in filters for name in _CONTAINS_BOUNDS):
         raise InvalidRecord(f"contains: give one of {', '.join(_CONTAINS_BOUNDS)} beside it")
     return filters
+
+
+def _weight(sizes: Iterable[int]) -> tuple[int, int]:
+    """How many, and how much together."""
+    events = size = 0
+    for one in sizes:
+        events, size = events + 1, size + one
+    return events, size
 
 
 def _next_page(rows_of_page: int, rows: Sequence[Sequence[Any]], most: int) -> int:

@@ -23,7 +23,7 @@ from mysql.connector.optionfiles import MySQLOptionsParser
 
 from contextuate_persist import base, doctor, partitions, payload, records, schema, tls, trees
 from contextuate_persist.accounts import Names
-from contextuate_persist.base import BaseStore, Event, Fault
+from contextuate_persist.base import BaseStore, Event, Fault, Sliced
 from contextuate_persist.config import check_quoting, is_local
 from contextuate_persist.dumps import Contents, Dumper, MySQLDumper, Sums
 from contextuate_persist.errors import (
@@ -34,7 +34,7 @@ from contextuate_persist.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from contextuate_persist.model import Health, MessageUsage
+from contextuate_persist.model import Cursor, Health, MessageUsage
 from contextuate_persist.partitions import Partition, Span
 from contextuate_persist.records import EventRow, Seed
 
@@ -920,24 +920,7 @@ GROUP BY e.session_id
 
 # Every value of the session, of its events and of its messages counts, whoever changes it. A list
 # of checksums may grow longer than what GROUP_CONCAT holds: each is a number, all in one by XOR.
-SELECT_FINGERPRINTS = """
-SELECT
-    s.session_id,
-    CAST(CONCAT_WS(
-        ' ',
-        SHA2(
-            JSON_ARRAY(
-                s.session_id, s.machine_id, s.working_directory, s.start_time, s.end_time, s.status,
-                s.parent_session_id, s.manual_parent_session_id, s.child_session_ids,
-                s.agent_type, s.model, s.transcript_path, s.is_user_initiated, s.is_pinned,
-                s.hidden, s.label, s.token_usage_input, s.token_usage_output,
-                s.token_usage_cache_read, s.token_usage_cache_creation, s.known_from, s.exact,
-                s.updated_at
-            ),
-            256
-        ),
-        (
-            SELECT CONCAT_WS(' ', COUNT(*), BIT_XOR(CAST(CONV(LEFT(SHA2(
+HASH_OF_EVENT = """CAST(CONV(LEFT(SHA2(
                 CONCAT_WS(
                     ' ', e.seq, e.timestamp, HEX(e.id), SHA2(e.event_type, 256),
                     SHA2(e.hook_type, 256), COALESCE(SHA2(e.parent_session_id, 256), '-'),
@@ -945,27 +928,63 @@ SELECT
                     COALESCE(SHA2(e.exact, 256), '-')
                 ),
                 256
-            ), 16), 16, 10) AS UNSIGNED)))
-            FROM events AS e
-            WHERE e.session_id = s.session_id
+            ), 16), 16, 10) AS UNSIGNED)"""
+
+FINGERPRINT_OF_EVENTS = f"""(
+        SELECT CAST(CONCAT_WS(' ', COUNT(*), BIT_XOR({HASH_OF_EVENT})) AS CHAR)
+        FROM events AS e
+        WHERE e.session_id = s.session_id
+    )"""
+
+SELECT_FINGERPRINTS = f"""
+SELECT
+    s.session_id,
+    CAST(SHA2(
+        JSON_ARRAY(
+            s.session_id, s.machine_id, s.working_directory, s.start_time, s.end_time, s.status,
+            s.parent_session_id, s.manual_parent_session_id, s.child_session_ids,
+            s.agent_type, s.model, s.transcript_path, s.is_user_initiated, s.is_pinned,
+            s.hidden, s.label, s.token_usage_input, s.token_usage_output,
+            s.token_usage_cache_read, s.token_usage_cache_creation, s.known_from, s.exact,
+            s.updated_at
         ),
-        (
-            SELECT CONCAT_WS(' ', COUNT(*), BIT_XOR(CAST(CONV(LEFT(SHA2(
-                JSON_ARRAY(
-                    t.message_id, t.timestamp, t.model,
-                    t.input_tokens, t.output_tokens, t.cache_read, t.cache_creation
-                ),
-                256
-            ), 16), 16, 10) AS UNSIGNED)))
-            FROM token_ledger AS t
-            WHERE t.session_id = s.session_id
-        )
-    ) AS CHAR)
+        256
+    ) AS CHAR),
+    {FINGERPRINT_OF_EVENTS},
+    (
+        SELECT CAST(CONCAT_WS(' ', COUNT(*), BIT_XOR(CAST(CONV(LEFT(SHA2(
+            JSON_ARRAY(
+                t.message_id, t.timestamp, t.model,
+                t.input_tokens, t.output_tokens, t.cache_read, t.cache_creation
+            ),
+            256
+        ), 16), 16, 10) AS UNSIGNED))) AS CHAR)
+        FROM token_ledger AS t
+        WHERE t.session_id = s.session_id
+    )
 FROM JSON_TABLE(
     %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
 ) AS asked
 JOIN sessions AS s ON s.session_id = asked.session_id
 """
+
+SELECT_FINGERPRINTS_BUT_EVENTS = SELECT_FINGERPRINTS.replace(FINGERPRINT_OF_EVENTS, "NULL")
+
+# Of sessions with too much for one statement, what the aggregates above take together.
+SELECT_SLICES = {
+    name: f"""
+        SELECT e.timestamp, e.seq, {value}
+        FROM events AS e
+        WHERE e.session_id = %(session_id)s AND {EVENT_CLAUSES["after"]}
+        ORDER BY e.timestamp, e.seq
+        LIMIT %(limit)s
+    """
+    for name, value in {
+        "fingerprint": HASH_OF_EVENT,
+        "weight": "JSON_STORAGE_SIZE(e.data) + COALESCE(OCTET_LENGTH(e.exact), 0)"
+        " + OCTET_LENGTH(e.working_directory)",
+    }.items()
+}
 
 SELECT_USAGE = """
 SELECT
@@ -2132,9 +2151,24 @@ class MySQLStore(BaseStore):
     def _select_weights(self, connection: Any, ids: list[str]) -> list[Any]:
         return _execute(connection, SELECT_WEIGHTS, {"session_ids": records.json_list(ids)})
 
-    def _select_fingerprints(self, connection: Any, ids: list[str]) -> dict[str, str]:
-        asked = {"session_ids": records.json_list(ids)}
-        return dict(_execute(connection, SELECT_FINGERPRINTS, asked))
+    def _select_fingerprints(self, connection: Any, ids: list[str], with_events: bool) -> list[Any]:
+        query = SELECT_FINGERPRINTS if with_events else SELECT_FINGERPRINTS_BUT_EVENTS
+        return _execute(connection, query, {"session_ids": records.json_list(ids)})
+
+    def _select_slice(
+        self, connection: Any, what: Sliced, session_id: str, after: Cursor, limit: int
+    ) -> list[Any]:
+        place = {"after_timestamp": after.timestamp, "after_seq": after.seq}
+        asked = {"session_id": session_id, **place, "limit": limit}
+        return _execute(connection, SELECT_SLICES[what], asked)
+
+    def _joined(self, hashes: Iterable[Any]) -> str:
+        count = joined = 0
+        for one in hashes:
+            count += 1
+            joined ^= one
+        # The C extension reads an unsigned number of a prepared statement as a signed one.
+        return f"{count} {joined & 2**64 - 1}"
 
     def _select_usage(self, connection: Any, session_id: str) -> list[Any]:
         return _execute(connection, SELECT_USAGE, {"session_id": session_id})

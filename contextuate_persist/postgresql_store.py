@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,7 +34,7 @@ from contextuate_persist import (
     trees,
 )
 from contextuate_persist.accounts import Names
-from contextuate_persist.base import BaseStore, Event, Fault
+from contextuate_persist.base import BaseStore, Event, Fault, Sliced
 from contextuate_persist.config import check_quoting, is_local
 from contextuate_persist.dumps import Contents, Dumper, PostgreSQLDumper, Sums
 from contextuate_persist.errors import (
@@ -43,7 +44,7 @@ from contextuate_persist.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from contextuate_persist.model import Health, MessageUsage
+from contextuate_persist.model import Cursor, Health, MessageUsage
 from contextuate_persist.partitions import Partition, Span
 from contextuate_persist.records import EventRow, Seed
 
@@ -866,26 +867,56 @@ GROUP BY e.session_id
 """
 
 # Every value of the session, of its events and of its messages counts, whoever changes it.
-SELECT_FINGERPRINTS = """
+FINGERPRINT_OF_EVENTS = """(
+        SELECT concat_ws(
+            ' ', count(*), md5(string_agg(md5(e::text), '' ORDER BY e.timestamp, e.seq))
+        )
+        FROM events AS e
+        WHERE e.session_id = s.session_id
+    )"""
+
+SELECT_FINGERPRINTS = (
+    """
 SELECT
     s.session_id,
-    concat_ws(
-        ' ',
-        md5(s::text),
-        (
-            SELECT concat_ws(' ', count(*), md5(string_agg(md5(e::text), '' ORDER BY e.seq)))
-            FROM events AS e
-            WHERE e.session_id = s.session_id
-        ),
-        (
-            SELECT concat_ws(' ', count(*), md5(string_agg(md5(t::text), '' ORDER BY t.message_id)))
-            FROM token_ledger AS t
-            WHERE t.session_id = s.session_id
-        )
+    md5(s::text),
+    """
+    + FINGERPRINT_OF_EVENTS
+    + """,
+    (
+        SELECT concat_ws(' ', count(*), md5(string_agg(md5(t::text), '' ORDER BY t.message_id)))
+        FROM token_ledger AS t
+        WHERE t.session_id = s.session_id
     )
 FROM sessions AS s
 WHERE s.session_id = ANY(%(session_ids)s::text[])
 """
+)
+
+SELECT_FINGERPRINTS_BUT_EVENTS = SELECT_FINGERPRINTS.replace(FINGERPRINT_OF_EVENTS, "NULL")
+
+# Of sessions with too much for one statement, what the aggregates above take together.
+SELECT_SLICES: dict[str, LiteralString] = {
+    "fingerprint": """
+        SELECT e.timestamp, e.seq, md5(e::text)
+        FROM events AS e
+        WHERE e.session_id = %(session_id)s AND (e.timestamp, e.seq) > (%(timestamp)s, %(seq)s)
+        ORDER BY e.timestamp, e.seq
+        LIMIT %(limit)s
+    """,
+    "weight": """
+        SELECT
+            e.timestamp,
+            e.seq,
+            pg_column_size(e.data)
+                + COALESCE(pg_column_size(e.exact), 0)
+                + octet_length(e.working_directory)
+        FROM events AS e
+        WHERE e.session_id = %(session_id)s AND (e.timestamp, e.seq) > (%(timestamp)s, %(seq)s)
+        ORDER BY e.timestamp, e.seq
+        LIMIT %(limit)s
+    """,
+}
 
 SELECT_USAGE = """
 SELECT
@@ -2427,9 +2458,30 @@ class PostgreSQLStore(BaseStore):
         return connection.execute(SELECT_WEIGHTS, {"session_ids": ids}).fetchall()
 
     def _select_fingerprints(
-        self, connection: psycopg.Connection[Any], ids: list[str]
-    ) -> dict[str, str]:
-        return dict(connection.execute(SELECT_FINGERPRINTS, {"session_ids": ids}).fetchall())
+        self, connection: psycopg.Connection[Any], ids: list[str], with_events: bool
+    ) -> list[Any]:
+        query = SELECT_FINGERPRINTS if with_events else SELECT_FINGERPRINTS_BUT_EVENTS
+        return connection.execute(query, {"session_ids": ids}).fetchall()
+
+    def _select_slice(
+        self,
+        connection: psycopg.Connection[Any],
+        what: Sliced,
+        session_id: str,
+        after: Cursor,
+        limit: int,
+    ) -> list[Any]:
+        place = {"session_id": session_id, "timestamp": after.timestamp, "seq": after.seq}
+        with connection.transaction():  # a savepoint in one: a timeout undoes no more than this
+            return connection.execute(SELECT_SLICES[what], {**place, "limit": limit}).fetchall()
+
+    def _joined(self, hashes: Iterable[Any]) -> str:
+        count = 0
+        joined = hashlib.md5(usedforsecurity=False)
+        for one in hashes:
+            count += 1
+            joined.update(one.encode())
+        return f"{count} {joined.hexdigest()}" if count else "0"
 
     def _select_usage(self, connection: psycopg.Connection[Any], session_id: str) -> list[Any]:
         return connection.execute(SELECT_USAGE, {"session_id": session_id}).fetchall()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gzip
+import importlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from contextuate_persist import (
     MessageUsage,
     MonitorEvent,
     SessionMeta,
+    StoreUnavailable,
     TokenUsage,
     encryption,
     retention,
@@ -41,7 +43,7 @@ from contextuate_persist.transfer import import_path
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store
 
-BOTH_LAYOUTS = "comes_back|changes_meanwhile"
+BOTH_LAYOUTS = "comes_back|changes_meanwhile|in_slices"
 NOW = time.time_ns() // 1_000_000
 OLD = {"end_time": T0, "status": "completed"}
 POLICY = RetentionPolicy()
@@ -315,6 +317,65 @@ def test_a_full_disk_leaves_everything_where_it_is(
     assert str(caught.value.filename).endswith(".part")
     assert content(store) == before
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_fingerprint_in_slices_is_the_same(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    store.save_events([event("many", T0 + n % 13, data={"n": n}) for n in range(1000)])
+    store.save_usage("many", [usage()])
+    store.save_session(session("without events"))
+    ids = [one.session_id for one in store.get_sessions()]
+    monkeypatch.setattr("contextuate_persist.base._SLICE_ROWS", 128)
+    whole = store.fingerprints([*ids, "not there"])
+    assert store.fingerprints([*ids, "not there"], in_slices=True) == whole
+    assert set(whole) == set(ids)
+    store.save_event(event("many", T0 + 5))
+    after = store.fingerprints(["many"], in_slices=True)
+    assert after == store.fingerprints(["many"]) != {"many": whole["many"]}
+
+
+#: What makes each event take some 10 ms where its payload is read.
+SLOW = {
+    "postgresql": {
+        "md5(e::text)": "md5(e::text || pg_sleep(0.01)::text)",
+        "pg_column_size(e.data)": "length(pg_sleep(0.01)::text) + pg_column_size(e.data)",
+    },
+    "mysql": {
+        "SHA2(e.machine_id, 256)": "SHA2(CONCAT(e.machine_id, "
+        "LEFT('', BENCHMARK(40000, SHA2('x', 256)))), 256)",
+        "JSON_STORAGE_SIZE(e.data)": "BENCHMARK(40000, SHA2('x', 256)) + JSON_STORAGE_SIZE(e.data)",
+    },
+}
+
+
+def test_what_takes_too_long_for_one_statement_is_archived_in_slices(
+    store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_session(session("large", **OLD))
+    store.save_events([event("large", T0 + n % 7, data={"n": n}) for n in range(300)])
+    before = content(store)
+    weights = store.weigh_sessions(["large"])
+    module = importlib.import_module(f"contextuate_persist.{store.backend}_store")
+
+    def slowed(text: str) -> str:
+        for quick, slow in SLOW[store.backend].items():
+            text = text.replace(quick, slow)
+        return text
+
+    for name in ("SELECT_WEIGHTS", "SELECT_FINGERPRINTS"):
+        monkeypatch.setattr(module, name, slowed(getattr(module, name)))
+    slices = {name: slowed(text) for name, text in module.SELECT_SLICES.items()}
+    monkeypatch.setattr(module, "SELECT_SLICES", slices)
+    with make_store(database.url, statement_timeout=0.5) as hasty:
+        with pytest.raises(StoreUnavailable):
+            hasty.fingerprints(["large"])
+        assert hasty.weigh_sessions(["large"]) == weights
+        monkeypatch.setattr(retention, "SLICED_BYTES", weights["large"].size - 1)
+        assert archive(hasty, tmp_path, POLICY).sessions == 1
+    assert store.get_sessions() == []
+    assert in_archives(tmp_path) == before
 
 
 def test_two_do_not_archive_to_one_directory(store: BaseStore, tmp_path: Path) -> None:

@@ -672,6 +672,7 @@ def test_what_retention_asks_of_some_sessions_it_finds_by_indexes(full: BaseStor
     with watched(full) as plans:
         full.weigh_sessions(ids)
         full.fingerprints(ids)
+        full.fingerprints(ids, in_slices=True)
         full.get_usage(ids[0])
         full.delete_unchanged(states, dict.fromkeys(ids, "not as it is"))
     expected = {
