@@ -48,6 +48,14 @@ class DeadLetters:
         """Keep a letter, safe on disk; returns its id. Raises OSError."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         letter_id = f"{accepted}-{secrets.token_hex(6)}"
+        self._write(letter_id, accepted, content, new=True)
+        return letter_id
+
+    def replace(self, letter: DeadLetter) -> None:
+        """Keep another content under the letter's id, safe on disk. Raises OSError."""
+        self._write(*letter, new=False)
+
+    def _write(self, letter_id: str, accepted: int, content: Refused, *, new: bool) -> None:
         text = payload.exact_json({"accepted": accepted, **content._asdict()})
         path = self.directory / f"{letter_id}.json"
         temporary = path.with_suffix(".tmp")
@@ -63,9 +71,9 @@ class DeadLetters:
         finally:
             os.close(descriptor)
         temporary.rename(path)
-        self.aside.added(len(text))
+        if new:
+            self.aside.added(len(text))
         sync_directory(self.directory)
-        return letter_id
 
     def ids(self) -> list[str]:
         """The letters' ids, oldest first."""

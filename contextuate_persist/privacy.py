@@ -289,17 +289,42 @@ class Survey:
             head = value.event
             assert not isinstance(head, MonitorEvent)  # noqa: S101  (the spool has heads)
             return value._replace(event=head._replace(parent_session_id=None))
-        if isinstance(value, SessionMeta) and self.ids.intersection(value.child_session_ids):
-            return replace(value, child_session_ids=self._others(value.child_session_ids))
+        if isinstance(value, SessionMeta):
+            told = {name: getattr(value, name) for name in _NAMING}
+            fields = self._without_ids(told)
+            if fields != told:  # a parent that is gone is none
+                return replace(value, **{**dict.fromkeys(told), **fields})
         if isinstance(value, Update):
-            children = value.fields.get("child_session_ids", ())
-            if self.ids.intersection(children):
-                fields = {**value.fields, "child_session_ids": self._others(children)}
-                return value._replace(fields=fields)
+            fields = self._without_ids(value.fields)
+            return value if fields == value.fields else value._replace(fields=fields)
+        if isinstance(value, Refused):
+            return self._without_names_of(value)
         return value
 
-    def _others(self, children: Iterable[str]) -> tuple[str, ...]:
-        return tuple(child for child in children if child not in self.ids)
+    def _without_names_of(self, refused: Refused) -> Refused:
+        """As far as it tells whom it names; what is left is as good to try again."""
+        told = refused.record
+        record: Any = told
+        if refused.kind == "update" and isinstance(told, list) and len(told) == 2:
+            record = [told[0], self._without_ids(told[1])]
+        elif refused.kind in ("event", "session"):
+            record = self._without_ids(told)
+        return refused if record == told else refused._replace(record=record)
+
+    def _without_ids(self, told: Any) -> Any:
+        """The fields without the ids of sessions that go; anything but fields as it is."""
+        if not isinstance(told, dict):
+            return told
+        kept: dict[str, Any] = {}
+        for name, value in told.items():
+            if name in _PARENTS and isinstance(value, str) and value in self.ids:
+                continue
+            if name in _CHILDREN and isinstance(value, list | tuple):
+                children = [one for one in value if not isinstance(one, str) or one not in self.ids]
+                kept[name] = type(value)(children)
+            else:
+                kept[name] = value
+        return kept
 
     def _remove_from_inbox(self) -> int:
         directory = self.places.inbox
@@ -334,7 +359,23 @@ class Survey:
             elif self._concerns(about):
                 letters.remove(letter_id)
                 gone += 1
+            else:
+                self._edit_letter(letter_id)
         return gone
+
+    def _edit_letter(self, letter_id: str) -> None:
+        """Leave a letter about a session that stays without what names one that goes."""
+        letters = self.places.letters
+        try:
+            letter = letters.read(letter_id)
+            edited = self._without_names_of(letter.content)
+            if edited is not letter.content:
+                letters.replace(letter._replace(content=edited))
+        except SpoolError:
+            pass  # somebody has tried it again, or given it up, at this moment
+        except OSError as error:
+            path = letters.directory / letter_id
+            self.left.append(f"{path}.json: still names it: {error.strerror or error}")
 
 
 def _sum(found: list[Forgotten]) -> Forgotten:
@@ -345,6 +386,15 @@ def _sum(found: list[Forgotten]) -> Forgotten:
         session_ids=tuple(sorted({name for one in found for name in one.session_ids})),
         transcript_paths=tuple(sorted({path for one in found for path in one.transcript_paths})),
     )
+
+
+# As fields are named here, and in the wire form.
+_PARENTS = {
+    "parent_session_id", "manual_parent_session_id", "parentSessionId", "manualParentSessionId",
+}  # fmt: skip
+_CHILDREN = {"child_session_ids", "childSessionIds"}
+#: Of a session, what names others.
+_NAMING = ("parent_session_id", "manual_parent_session_id", "child_session_ids")
 
 
 # --- What it is about -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pty
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,56 @@ def test_what_is_below_it_in_the_database_is_removed_from_the_queue_too(
     assert run("spool", "replay")[0] == 0
     assert [one.parent_session_id for one in store.get_events("moved")] == [None]
     assert store.get_session("s") is None
+
+
+def test_what_waits_or_was_refused_of_neighbours_names_it_no_more_and_can_still_be_stored(
+    run: Run, home: Path, store: BaseStore, database: Database
+) -> None:
+    gone = f"{MARKER} itself"
+    store.save_session(session(gone))
+    moved = session(
+        "moved",
+        parent_session_id=gone,
+        manual_parent_session_id="folder",
+        child_session_ids=(gone, "other"),
+        label="kept",
+    )
+    store.save_session(replace(moved, child_session_ids=()))
+    late = event("moved", parent_session_id=gone)
+    update = {"child_session_ids": [gone, "more"], "manual_parent_session_id": gone}
+    writer = EventWriter(nowhere())
+    writer.init()
+    writer.put_session(moved)
+    writer.update_session("moved", parent_session_id=gone, is_pinned=True)
+    left_waiting(writer)
+    letters = DeadLetters(home / "spool" / "dead")
+    refused = [
+        Refused("event", late.to_wire(), "teapot"),
+        Refused("session", moved.to_wire(), "teapot"),
+        Refused("update", ["moved", {**update, "hidden": True}], "teapot"),
+        Refused("update", ["moved", {"parent_session_id": gone}], "teapot"),
+        Refused("event", event("other", data={"n": 2**70}).to_wire(), "teapot"),
+        Refused("session", {"sessionId": "odd", "childSessionIds": [[], 1]}, "teapot"),
+        Refused("update", ["odd", "no fields"], "teapot"),
+    ]
+    before = [letters.add(one, T0 + number) for number, one in enumerate(refused)]
+    whole = (letters.directory / f"{before[4]}.json").read_bytes()
+    [told_of] = records(run("forget", "--session", gone, "--yes", "--json")[1])
+    assert (told_of["left"], told_of["removed"]["deadLetters"]) == ([], 0)
+    assert MARKER.encode() not in files(home)
+    assert MARKER not in rows(database, "deleted_sessions")
+    assert letters.ids() == before
+    assert (letters.directory / f"{before[4]}.json").read_bytes() == whole
+    assert run("spool", "replay")[0] == 0
+    status, out, _ = run("dead", "replay")
+    assert (status, out) == (1, "5 stored, 0 there already, 2 still refused\n")
+    assert store.get_events("moved") == [replace(late, parent_session_id=None)]
+    kept = store.get_session("moved")
+    assert kept is not None
+    assert (kept.manual_parent_session_id, kept.parent_session_id) == ("folder", None)
+    assert (kept.child_session_ids, kept.label) == (("more",), "kept")
+    assert (kept.hidden, kept.is_pinned) == (True, True)
+    assert MARKER not in rows(database, "deleted_sessions")
 
 
 def test_nothing_is_made_where_nothing_is(run: Run, home: Path, store: BaseStore) -> None:
