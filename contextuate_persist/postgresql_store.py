@@ -1648,6 +1648,21 @@ END
 $$
 """
 
+# pg_dump knows no order between partitions and what their foreign key refers to, and has the events
+# first. So the key comes after all rows; where the tables were not there it has done so already.
+UNTIE_EVENTS = "ALTER TABLE {namespace}.events DROP CONSTRAINT events_session_id_fkey"
+TIE_EVENTS = """
+DO $$
+BEGIN
+    ALTER TABLE {namespace}.events ADD CONSTRAINT events_session_id_fkey FOREIGN KEY (session_id)
+        REFERENCES {namespace}.sessions (session_id) ON DELETE CASCADE;
+EXCEPTION
+    WHEN duplicate_object THEN
+        NULL;
+END
+$$
+"""
+
 SET_SEQUENCE = "SELECT pg_catalog.setval('{sequence}', {next_seq}, FALSE)"
 
 # Until it is analysed a table is thought to be small, and read by the wrong index.
@@ -2747,8 +2762,15 @@ class PostgreSQLSchema:
             "sequence": contents.sequence.replace("'", "''"),
             "next_seq": contents.next_seq,
         }
+        before, after = [RESTORE_GUARD], [SET_SEQUENCE]
+        if contents.layout == "partitioned":
+            before.append(UNTIE_EVENTS)
+            after.append(TIE_EVENTS)
         analyze = [ANALYZE.format(table=table, **words) for table in ("sessions", "events")]
-        return [RESTORE_GUARD.format(**words)], [SET_SEQUENCE.format(**words), *analyze]
+        return (
+            [one.format(**words) for one in before],
+            [*(one.format(**words) for one in after), *analyze],
+        )
 
     def record(self, version: int, name: str, checksum: str | None) -> None:
         row = {"version": version, "name": name, "checksum": checksum}

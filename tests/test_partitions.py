@@ -512,29 +512,90 @@ def test_forgetting_waits_for_a_conversion(
     assert check_whole(plain) == []
 
 
-def test_a_backup_of_partitions_is_restored_with_them(
-    partitioned: Database,
-    empty_database: Database,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def tools(server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that make and load a backup."""
+    if server.kind == "mysql":
+        directory = tmp_path / "tools"
+        directory.mkdir()
+        next(iter(servers.find_mysql())).write_tools(directory)
+        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+def bounds(database: Database) -> list[tuple[str, int | None, int | None]]:
+    return [(one.name, one.start, one.end) for one in database.owner().partitions()]
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("target", ["without a schema", "of other partitions"])
+def test_a_backup_of_partitions_is_restored_and_goes_on_as_before(
+    converted: Database, empty_database: Database, tmp_path: Path, target: str
 ) -> None:
-    if partitioned.backend == "mysql":
-        tools = tmp_path / "tools"
-        tools.mkdir()
-        next(iter(servers.find_mysql())).write_tools(tools)
-        monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    events = [event(f"s{n % 3}", T0 + n * DAY) for n in range(50)]
-    with make_store(partitioned.url) as store:
+    now = time.time_ns() // 1_000_000
+    times = [T0, *(RECENT + n * DAY for n in range(60)), now, now + 100 * DAY, now + 4000 * DAY]
+    events = [event(f"s{n % 3}", ms, data={"n": n}) for n, ms in enumerate(times)]
+    with make_store(converted.url) as store:
+        store.save_sessions([session("s0", label="saved"), session("gone")])
         store.save_events(events)
+        store.save_event(event("gone", now + 1))
+        [(last,)] = converted.execute("SELECT max(seq) FROM events")
+        store.delete_session("gone")
+        before = store.get_sessions(), [*store.iter_events()]
     file = tmp_path / "backup"
-    with partitioned.owner() as owner:
+    with converted.owner() as owner:
         backup(owner, file)
+    if target == "of other partitions":
+        empty_database.owner().apply_schema()
+        empty_database.owner().partition_events("week", ahead=3)
+        empty_database.owner().discard_unpartitioned()
+    wanted = bounds(empty_database if target == "of other partitions" else converted)
     restore(empty_database.owner(), file)
-    with make_store(empty_database.owner_url) as store:
-        assert store.save_events([*events, event("t")]) == 1
+    assert bounds(empty_database) == wanted
+    with make_store(empty_database.url) as store:
         assert store.health().schema_layout == "partitioned"
-    assert check_whole(empty_database)
-    assert len(empty_database.owner().partitions()) == len(partitioned.owner().partitions())
+        assert (store.get_sessions(), [*store.iter_events()]) == before
+        # What comes again is known, whatever comes with its id; what was deleted stays so.
+        assert sum(map(store.save_event, events)) == 0
+        assert store.save_events(events) == 0
+        assert store.save_events([event("t", now, id=one.id) for one in events]) == 0
+        assert store.save_event(event("gone", now - DAY)) is False
+        assert store.save_events([*events, event("s1", now + 2)]) == 1
+        assert store.save_event(event("s1", now + 3))
+        found = store.get_events("s1", after=now)
+        new = [one for one in found if one.timestamp in (now + 2, now + 3)]
+        assert [one.seq > last for one in new if one.seq is not None] == [True, True]
+    assert len(check_whole(empty_database)) == len(events) + 2
+    # Partitions go on being made, and what lies in the rest moves into them.
+    with empty_database.owner() as owner:
+        assert owner.add_partitions(20)
+        (told,) = [one for one in maintain(owner, "monthly", Tasks()) if one.check == "partitions"]
+        assert told.level is Level.OK
+        assert owner.partition_events(ahead=21).added
+        assert [*owner.iter_events()][-1].id == events[-1].id
+        assert owner.save_events(events) == 0
+    spans = bounds(empty_database)
+    assert [one[2] for one in spans[:-2]] == [one[1] for one in spans[1:-1]]
+    assert len(check_whole(empty_database)) == len(events) + 2
+    told_of = {one.check: one for one in make_store(empty_database.url).check()}
+    assert [str(one) for one in told_of.values() if one.level is Level.PROBLEM] == []
+    for check in ("schema", "drift", "partitions", "statistics"):
+        assert told_of[check].level is Level.OK, str(told_of[check])
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_backup_of_partitions_is_not_restored_into_one_table(
+    converted: Database, empty_database: Database, tmp_path: Path
+) -> None:
+    with make_store(converted.url) as store:
+        store.save_event(event("s"))
+    with converted.owner() as owner:
+        backup(owner, tmp_path / "backup")
+    empty_database.owner().apply_schema()
+    with pytest.raises(SchemaError, match=r"\(plain\), the backup 1 \(partitioned\): restore into"):
+        restore(empty_database.owner(), tmp_path / "backup")
+    with make_store(empty_database.url) as store:
+        assert store.get_sessions() == []
+        assert store.health().schema_layout == "plain"
 
 
 def test_accounts_of_the_application_are_refused_in_one_line(plain: Database) -> None:
