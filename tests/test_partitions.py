@@ -363,16 +363,23 @@ def test_a_session_made_anew_while_its_events_are_copied_has_its_new_ones_only(
     assert check_whole(plain) == sorted(hexes(events[::2]))
 
 
-def test_a_conversion_that_is_killed_at_any_moment_goes_on_when_run_again(plain: Database) -> None:
-    before = [event(f"old {n % 40}", RECENT + n * DAY // 50) for n in range(8000)]
+@pytest.mark.parametrize(
+    ("count", "kills", "longest"),
+    # The shorter one is through after some kills: those of its last step are among them.
+    [(8000, 5, 2.5), pytest.param(150_000, 20, 1.5, marks=pytest.mark.soak)],
+)
+def test_a_conversion_that_is_killed_at_any_moment_goes_on_when_run_again(
+    plain: Database, count: int, kills: int, longest: float
+) -> None:
+    before = [event(f"old {n % 40}", RECENT + n * 160 * DAY // count) for n in range(count)]
     command = [sys.executable, "-m", "contextuate_persist", "--url", plain.owner_url, "partition"]
     chance = random.Random()
     with make_store(plain.url) as store:
         store.save_events(before)
         with Writers(plain, 2) as writers:
-            for _ in range(5):
+            for _ in range(kills):
                 running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-                time.sleep(chance.uniform(0.4, 2.5))
+                time.sleep(chance.uniform(0.4, longest))
                 running.kill()
                 running.wait()
             while plain.owner().partition_events(timeout=60).converted:
