@@ -316,6 +316,8 @@ class Spool:
     ) -> None:
         for start, end in damages:
             damage = f"{segment.path.name}: {end - start:,} bytes from {start + offset:,} on"
+            if end == len(data):
+                damage += ", its end: a kill in the middle of a write leaves it torn"
             if damage not in self.damages:
                 self._report(damage)
                 path = self._aside() / f"{segment.path.name}-{start + offset}"

@@ -124,6 +124,7 @@ def test_a_torn_end_costs_what_was_never_safe(directory: Path) -> None:
         again = Spool(directory)
         assert again.open() == 4
         assert everything(again) == records(1, 4)
+        assert [damage.endswith("leaves it torn") for damage in again.damages] == [True]
         again.append(records(5, 1, size=5))
         assert everything(again) == [*records(1, 4), *records(5, 1, size=5)]
         again.close()
@@ -147,6 +148,7 @@ def test_a_lost_page_costs_its_records_and_lies_aside(directory: Path) -> None:
     assert found == [one for one in records(1, 300, size=100) if one in found]
     [damage] = again.damages
     assert path.name in damage
+    assert "torn" not in damage
     [aside] = (directory / "damaged").iterdir()
     assert bytes(4096) in aside.read_bytes()
     again.close()

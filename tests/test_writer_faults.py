@@ -331,7 +331,9 @@ def test_a_daemon_killed_at_any_point_keeps_what_was_safe(
         with EventWriter(store, spool=mode, spool_directory=spool) as writer:
             assert writer.flush(120) == 0
             health = writer.health()
-            assert (health.set_aside, health.damages) == (0, ())
+            assert health.set_aside == 0
+            # A kill in the middle of a write leaves the end of a file torn: it was not told.
+            assert all(damage.endswith("leaves it torn") for damage in health.damages)
         found = [e.data["n"] for e in store.iter_events()]
         assert len(found) == len(set(found))
         assert {n for n in told if n % 21 not in (3, 4)} <= set(found)
