@@ -87,7 +87,7 @@ class Producers:
         total = sum(map(len, self.sent.values()))
         assert total > 50
         for name, events in self.sent.items():
-            assert [e.id for e in store.get_events(name, limit=10**6)] == [e.id for e in events]
+            assert [e.id for e in store.iter_events(session_id=name)] == [e.id for e in events]
         health = self.writer.health()
         assert (health.accepted, health.set_aside, health.pending) == (total, 0, 0)
         assert health.stored + health.duplicate == total
@@ -339,7 +339,7 @@ def test_a_daemon_killed_at_any_point_keeps_what_was_safe(
         assert {n for n in told if n % 21 not in (3, 4)} <= set(found)
         assert len(told) > 100
         for number in range(4):
-            mine = [e.data["n"] for e in store.get_events(f"s{number}", limit=10**6)]
+            mine = [e.data["n"] for e in store.iter_events(session_id=f"s{number}")]
             assert mine == sorted(mine)
             # The label that was safe last is there, and whatever was put before the last event.
             begun = mine[-1] // 10**6 * 10**6
