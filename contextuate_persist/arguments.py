@@ -250,21 +250,33 @@ def _size(text: str) -> int:
         ) from None
 
 
-def _days(text: str) -> float:
+def _number(text: str, most: float, what: str) -> float:
     try:
-        days = float(text)
+        number = float(text)
     except ValueError:
-        days = -1
-    if not 0 <= days <= _LONGEST_DAYS:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of days")
-    return days
+        number = -1
+    if not 0 <= number <= most:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {what}")
+    return number
 
 
-_LONGEST_DAYS = 100_000
+def _days(text: str) -> float:
+    return _number(text, 100_000, "a number of days")
+
+
+def _times(text: str) -> float:
+    return _number(text, 1000, "a number of times from 0 to 1000")
 
 
 def _add_retention(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser)
+    parser.add_argument(
+        "--rest",
+        metavar="N",
+        type=_times,
+        default=1.0,
+        help="rest N times as long as each step took; more, where writers notice it (1)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, only")
 
 

@@ -35,7 +35,9 @@ def prune(args: argparse.Namespace, open_given: OpenStore) -> int:
     bar = ProgressBar("prune", percent=True)
     with open_given(args) as store:
         try:
-            report = retention.prune(store, policy, dry_run=args.dry_run, progress=bar)
+            report = retention.prune(
+                store, policy, dry_run=args.dry_run, rest=args.rest, progress=bar
+            )
         finally:
             bar.clear()
     _show(args, report, "deleted")
@@ -50,7 +52,13 @@ def archive(args: argparse.Namespace, open_given: OpenStore) -> int:
     with open_given(args) as store:
         try:
             report = archives.archive(
-                store, args.to, policy, recipients=keys, dry_run=args.dry_run, progress=bar
+                store,
+                args.to,
+                policy,
+                recipients=keys,
+                dry_run=args.dry_run,
+                rest=args.rest,
+                progress=bar,
             )
         finally:
             bar.clear()

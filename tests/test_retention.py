@@ -586,6 +586,23 @@ def test_the_command_tells_what_it_would_do_and_does_it(run: Run, store: BaseSto
     assert names(store) == set()
 
 
+def test_the_command_rests_as_long_as_it_is_told(
+    run: Run, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(time, "sleep", rests.append)
+    for options, least, most in (
+        ((), 1e-6, 60),
+        (("--rest", "0"), 0, 0),
+        (("--rest", "900"), 0.5, 1e6),
+    ):
+        store.save_session(session("s", **OLD), undelete=True)
+        assert run("prune", *options)[0] == 0
+        assert least <= max(rests) <= most, options
+        rests.clear()
+    assert "'x' is not a number of times" in run("prune", "--rest", "x")[2]
+
+
 def test_sizes_are_read_with_their_units(run: Run) -> None:
     assert parse_size("500") == 500
     assert parse_size("20GB") == 20 * 10**9
