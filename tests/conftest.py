@@ -210,10 +210,13 @@ def layout() -> str:
 
 
 @pytest.fixture
-def database(server: servers.Server, layout: str, request: pytest.FixtureRequest) -> Database:
+def database(_shared_database: Database, layout: str, request: pytest.FixtureRequest) -> Database:
     """A database with the schema and nothing in it."""
-    name = "_shared_database" if layout == "plain" else "_partitioned_database"
-    found: Database = request.getfixturevalue(name)
+    # The shared one is an argument so that it is made before anything that a test replaces, such as
+    # the version of the schema.
+    found: Database = (
+        _shared_database if layout == "plain" else request.getfixturevalue("_partitioned_database")
+    )
     found.clear()
     return found
 
