@@ -900,15 +900,17 @@ JOIN sessions AS s ON s.effective_parent_id = locked.session_id
 """
 
 # How many events, and how long their values are as stored.
-SELECT_WEIGHTS = """
+WEIGHT_OF_EVENT = """JSON_STORAGE_SIZE(e.data)
+            + COALESCE(OCTET_LENGTH(e.exact), 0)
+            + OCTET_LENGTH(e.working_directory)"""
+
+SELECT_WEIGHTS = f"""
 SELECT
     e.session_id,
     COUNT(*),
     CAST(
         SUM(
-            JSON_STORAGE_SIZE(e.data)
-            + COALESCE(OCTET_LENGTH(e.exact), 0)
-            + OCTET_LENGTH(e.working_directory)
+            {WEIGHT_OF_EVENT}
         ) AS SIGNED
     )
 FROM JSON_TABLE(
@@ -979,11 +981,7 @@ SELECT_SLICES = {
         ORDER BY e.timestamp, e.seq
         LIMIT %(limit)s
     """
-    for name, value in {
-        "fingerprint": HASH_OF_EVENT,
-        "weight": "JSON_STORAGE_SIZE(e.data) + COALESCE(OCTET_LENGTH(e.exact), 0)"
-        " + OCTET_LENGTH(e.working_directory)",
-    }.items()
+    for name, value in {"fingerprint": HASH_OF_EVENT, "weight": WEIGHT_OF_EVENT}.items()
 }
 
 SELECT_USAGE = """

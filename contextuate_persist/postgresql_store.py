@@ -852,14 +852,16 @@ WHERE s.effective_parent_id = ANY(%(session_ids)s::text[])
 """
 
 # How many events, and how long their values are as stored, which no payload has to be read for.
-SELECT_WEIGHTS = """
+WEIGHT_OF_EVENT = """pg_column_size(e.data)
+        + COALESCE(pg_column_size(e.exact), 0)
+        + octet_length(e.working_directory)"""
+
+SELECT_WEIGHTS = f"""
 SELECT
     e.session_id,
     count(*),
     sum(
-        pg_column_size(e.data)
-        + COALESCE(pg_column_size(e.exact), 0)
-        + octet_length(e.working_directory)
+        {WEIGHT_OF_EVENT}
     )::bigint
 FROM events AS e
 WHERE e.session_id = ANY(%(session_ids)s::text[])
@@ -867,22 +869,21 @@ GROUP BY e.session_id
 """
 
 # Every value of the session, of its events and of its messages counts, whoever changes it.
-FINGERPRINT_OF_EVENTS = """(
+HASH_OF_EVENT = "md5(e::text)"
+
+FINGERPRINT_OF_EVENTS = f"""(
         SELECT concat_ws(
-            ' ', count(*), md5(string_agg(md5(e::text), '' ORDER BY e.timestamp, e.seq))
+            ' ', count(*), md5(string_agg({HASH_OF_EVENT}, '' ORDER BY e.timestamp, e.seq))
         )
         FROM events AS e
         WHERE e.session_id = s.session_id
     )"""
 
-SELECT_FINGERPRINTS = (
-    """
+SELECT_FINGERPRINTS = f"""
 SELECT
     s.session_id,
     md5(s::text),
-    """
-    + FINGERPRINT_OF_EVENTS
-    + """,
+    {FINGERPRINT_OF_EVENTS},
     (
         SELECT concat_ws(' ', count(*), md5(string_agg(md5(t::text), '' ORDER BY t.message_id)))
         FROM token_ledger AS t
@@ -891,31 +892,19 @@ SELECT
 FROM sessions AS s
 WHERE s.session_id = ANY(%(session_ids)s::text[])
 """
-)
 
 SELECT_FINGERPRINTS_BUT_EVENTS = SELECT_FINGERPRINTS.replace(FINGERPRINT_OF_EVENTS, "NULL")
 
 # Of sessions with too much for one statement, what the aggregates above take together.
-SELECT_SLICES: dict[str, LiteralString] = {
-    "fingerprint": """
-        SELECT e.timestamp, e.seq, md5(e::text)
+SELECT_SLICES = {
+    name: f"""
+        SELECT e.timestamp, e.seq, {value}
         FROM events AS e
-        WHERE e.session_id = %(session_id)s AND (e.timestamp, e.seq) > (%(timestamp)s, %(seq)s)
+        WHERE e.session_id = %(session_id)s AND {EVENT_CLAUSES["after"]}
         ORDER BY e.timestamp, e.seq
         LIMIT %(limit)s
-    """,
-    "weight": """
-        SELECT
-            e.timestamp,
-            e.seq,
-            pg_column_size(e.data)
-                + COALESCE(pg_column_size(e.exact), 0)
-                + octet_length(e.working_directory)
-        FROM events AS e
-        WHERE e.session_id = %(session_id)s AND (e.timestamp, e.seq) > (%(timestamp)s, %(seq)s)
-        ORDER BY e.timestamp, e.seq
-        LIMIT %(limit)s
-    """,
+    """
+    for name, value in {"fingerprint": HASH_OF_EVENT, "weight": WEIGHT_OF_EVENT}.items()
 }
 
 SELECT_USAGE = """
@@ -2486,9 +2475,10 @@ class PostgreSQLStore(BaseStore):
         after: Cursor,
         limit: int,
     ) -> list[Any]:
-        place = {"session_id": session_id, "timestamp": after.timestamp, "seq": after.seq}
+        place = {"after_timestamp": after.timestamp, "after_seq": after.seq}
+        asked = {"session_id": session_id, **place, "limit": limit}
         with connection.transaction():  # a savepoint in one: a timeout undoes no more than this
-            return connection.execute(SELECT_SLICES[what], {**place, "limit": limit}).fetchall()
+            return connection.execute(SELECT_SLICES[what], asked).fetchall()
 
     def _joined(self, hashes: Iterable[Any]) -> str:
         count = 0
