@@ -58,13 +58,13 @@ def main() -> None:
     servers: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
     for backend in [chosen.backend] if chosen.backend else ["postgresql", "mysql"]:
-        with server_of(backend) as server, contextlib.ExitStack() as opened:
+        with server_of(backend) as server, contextlib.ExitStack() as stack:
             suite: Suite
             if chosen.full:
                 events = chosen.events or affordable(server)
-                suite = opened.enter_context(measured_year(server, events))
+                suite = stack.enter_context(measured_year(server, events))
             else:
-                suite = opened.enter_context(measured(server, chosen.events or 1_000_000))
+                suite = stack.enter_context(measured(server, chosen.events or 1_000_000))
             suite.run()
             figures += suite.figures
             curves[backend] = suite.curves
@@ -103,38 +103,31 @@ def affordable(server: Server) -> int:
 
 @contextlib.contextmanager
 def measured_year(server: Server, events: int) -> Iterator[Year]:
-    backend = server.kind
-    server.create_database("bench")
-    url = server.url("bench")
-    with (
-        scratch_store(backend, url, pool_size=POOL_SIZE) as (store, own),
-        contextlib.closing(bare(backend, own)) as opponent,
-    ):
-        empty = partial(scratch_store, backend, url, EMPTY_NAME)
+    with opened(server) as (store, opponent, _, empty):
         yield Year(store, opponent, empty, Scale.of(events), tell=say)
-    server.drop_database("bench")
 
 
 @contextlib.contextmanager
 def measured(server: Server, events: int) -> Iterator[Suite]:
-    backend = server.kind
-    server.create_database("bench")
-    url = server.url("bench")
     with (
-        scratch_store(backend, url, pool_size=POOL_SIZE) as (store, own),
-        scratch(backend, url, "contextuate_original") as original_url,
-        open_original(backend, original_url) as original,
-        contextlib.closing(bare(backend, own)) as opponent,
+        opened(server) as (store, opponent, own, empty),
+        scratch(server.kind, server.url("bench"), "contextuate_original") as original_url,
+        open_original(server.kind, original_url) as original,
     ):
-        yield Suite(
-            store,
-            opponent,
-            partial(scratch_store, backend, url, EMPTY_NAME),
-            Scale.of(events),
-            rivals(own),
-            original,
-            tell=say,
-        )
+        yield Suite(store, opponent, empty, Scale.of(events), rivals(own), original, tell=say)
+
+
+@contextlib.contextmanager
+def opened(server: Server) -> Iterator[tuple[Any, Bare, str, Any]]:
+    """In a database for the while: a store, the bare driver, their URL, what opens an empty one."""
+    server.create_database("bench")
+    place = partial(scratch_store, server.kind, server.url("bench"))
+    with (
+        place(pool_size=POOL_SIZE) as (store, own),
+        contextlib.closing(bare(server.kind, own)) as opponent,
+    ):
+        yield store, opponent, own, partial(place, EMPTY_NAME)
+    server.drop_database("bench")
 
 
 @contextlib.contextmanager
