@@ -2474,7 +2474,7 @@ class MySQLPartitions:
         for name, below, rows, size in _execute(self._connection, SELECT_PARTITIONS, table):
             text = below.decode() if isinstance(below, bytes | bytearray) else str(below)
             end = int(text) if text.isdigit() else None
-            found.append(Partition(name, start if end else None, end, rows, size))
+            found.append(Partition(name, start, end, rows, size))
             start = end
         return found
 
@@ -2564,6 +2564,9 @@ class MySQLPartitions:
 
     # --- Adding and dropping ----------------------------------------------------------------------
 
+    def tidy(self) -> None:
+        """Nothing to do: no partition is replaced by another."""
+
     def add(self, spans: Sequence[Span]) -> None:
         with self._waiting():
             self._add("events", _named(spans))
@@ -2579,6 +2582,9 @@ class MySQLPartitions:
     def has_retired(self) -> bool:
         return self._has("events_retired")
 
+    def is_needed(self, partition: Partition) -> bool:
+        return partition.start is None
+
     def retire(self, partition: Partition) -> None:
         if not self._has("events_retired"):
             self._connection.cmd_query(CREATE_RETIRED)
@@ -2587,7 +2593,7 @@ class MySQLPartitions:
         with self._waiting():
             exchange = RETIRE_PARTITION.format(partition=partition.name)
             self._connection.cmd_query(exchange.encode())
-        if partition.start is not None:
+        if not self.is_needed(partition):
             with self._waiting():
                 drop = f"ALTER TABLE events DROP PARTITION {partition.name}"
                 self._connection.cmd_query(drop.encode())

@@ -47,7 +47,8 @@ _BATCH_IDS = 5000
 class Partition:
     """A partition of events: from `start` to before `end`, Unix milliseconds; None is no bound.
 
-    The rest has neither bound: it takes what belongs nowhere else. `rows` is the server's estimate.
+    The first, for what is older, has no start, and the last, for the rest, no end. `rows` is the
+    server's estimate.
     """
 
     name: str
@@ -148,6 +149,10 @@ class PartitionSession(Protocol):
         """Say in schema_version what the layout is, and nothing else."""
         ...
 
+    def tidy(self) -> None:
+        """Drop what was replaced by adding or retiring a partition."""
+        ...
+
     def add(self, spans: Sequence[Span]) -> None:
         """Add partitions behind the last, taking their events out of the rest."""
         ...
@@ -161,8 +166,12 @@ class PartitionSession(Protocol):
         ...
 
     def has_retired(self) -> bool: ...
+    def is_needed(self, partition: Partition) -> bool:
+        """Whether there has to be a partition for its time, be it an empty one."""
+        ...
+
     def retire(self, partition: Partition) -> None:
-        """Take a partition out, as a table of its own; in a moment."""
+        """Take its events out, as a table of their own, and itself unless needed; in a moment."""
         ...
 
     def free_retired(self) -> None:
@@ -394,6 +403,7 @@ def require(session: PartitionSession) -> None:
 def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     """Add the partitions that are missing up to so many after the present one; their names."""
     require(session)
+    _patiently(session, session.tidy)  # of a run that was killed
     partitions = session.read_partitions()
     by = unit_of(partitions) or "month"
     now = _now()
@@ -403,6 +413,7 @@ def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     if not spans:
         return []
     _patiently(session, partial(session.add, spans))
+    _patiently(session, session.tidy)
     before = {one.name for one in partitions}
     return [one.name for one in session.read_partitions() if one.name not in before]
 
@@ -414,7 +425,9 @@ def drop(session: PartitionSession, older_than: int, *, empty: bool) -> Dropped:
     dropped: list[str] = []
     kept: dict[str, int] = {}
     due_before = 0 if empty else older_than  # nothing is older than 0
-    if session.has_retired():  # of a run that was killed
+    # Of a run that was killed.
+    _patiently(session, session.tidy)
+    if session.has_retired():
         sessions += _finish(session, due_before)
     # Tombstones are dated now: they could not hold what is in the future away.
     limit = min(older_than, _now())
@@ -423,8 +436,8 @@ def drop(session: PartitionSession, older_than: int, *, empty: bool) -> Dropped:
         if partition.end is None or partition.end > limit:
             continue
         ids = session.sessions_of(partition.name)
-        if not ids and partition.start is None:
-            continue  # there is always one for what is older
+        if not ids and session.is_needed(partition):
+            continue
         if others := sum(session_id not in due for session_id in ids):
             kept[partition.name] = others
             continue
@@ -441,6 +454,7 @@ def _finish(session: PartitionSession, older_than: int) -> int:
     back. Whole trees only, so that a tree is due or not as a whole.
     """
     _patiently(session, session.free_retired)
+    _patiently(session, session.tidy)
     deleted = 0
     inside = set(session.sessions_of(None))
     due = session.prunable(older_than)

@@ -45,7 +45,7 @@ from contextuate_persist.errors import (
     StoreUnavailable,
 )
 from contextuate_persist.model import Cursor, Health, MessageUsage
-from contextuate_persist.partitions import Partition, Span
+from contextuate_persist.partitions import OLDER, REST, Partition, Span
 from contextuate_persist.records import EventRow, Seed
 
 if TYPE_CHECKING:
@@ -1172,20 +1172,18 @@ LOCK_PARTITIONS: tuple[LiteralString, ...] = (
     "LOCK TABLE events IN ACCESS EXCLUSIVE MODE",
 )
 CREATE_PARTITION = "CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ({start}) TO ({end})"
-CREATE_REST = "CREATE TABLE {name} PARTITION OF {table} DEFAULT"
-# Beside the table first, since the rest may hold events of its time; LIKE copies in the order of
-# the columns.
-CREATE_ASIDE = "CREATE TABLE {name} (LIKE events INCLUDING DEFAULTS INCLUDING CONSTRAINTS{more})"
-MOVE_FROM_REST = f"""
-WITH moved AS (
-    DELETE FROM events_rest
-    WHERE timestamp >= {{start}} AND timestamp < {{end}}
-    RETURNING {EVENT_COLUMNS}
-)
-INSERT INTO {{name}} ({EVENT_COLUMNS})
-SELECT {EVENT_COLUMNS} FROM moved
+OLDEST, LAST = f"events_{OLDER}", f"events_{REST}"
+IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM {table})"
+
+# Partitions cover all time, one after the other, and none is the DEFAULT: with that the planner
+# would ask all of them for the latest events, instead of the last ones until there are enough (of
+# any session of a year: 64 buffers instead of 45). So the first and the last are replaced when
+# their bounds change: attaching one again would lock sessions against readers in the same step.
+RENAME_REPLACED = "ALTER TABLE {name} RENAME TO events_replaced"
+MOVE_REPLACED = f"""
+INSERT INTO events ({EVENT_COLUMNS})
+SELECT {EVENT_COLUMNS} FROM events_replaced
 """
-ATTACH_PARTITION = "ALTER TABLE events ATTACH PARTITION {name} FOR VALUES FROM ({start}) TO ({end})"
 
 # Session by session by the index: a partition has thousands of events of each.
 SELECT_SESSIONS_OF = """
@@ -1820,8 +1818,6 @@ COPY_ROWS = 10
 
 #: Of a lock that may be free, or a deadlock that may not come again.
 PASSING_FAULTS = (Fault.CONFLICT, Fault.TIMEOUT, Fault.BUSY)
-
-COMPRESSION_SINCE = 140000
 
 # Any number will do, as long as nobody else takes this one.
 SCHEMA_LOCK = 7_206_338_812_094_461
@@ -2803,10 +2799,9 @@ class PostgreSQLPartitions:
             with self._connection.transaction():
                 for statement in tables:
                     self._connection.execute(statement)
-                self._create("older", None, spans[0].start)
-                for span in spans:
-                    self._create(span.suffix, *span)
-                self._create("rest", None, None)
+                table = "events_partitioned"
+                self._create(OLDEST, None, spans[0].start, table)
+                self._create_following(spans, table)
                 self._connection.execute(GRANT_AS_EVENTS)
         if not self._foreign_keys("events_partitioned"):
             with self._locked("LOCK TABLE sessions IN SHARE ROW EXCLUSIVE MODE"):
@@ -2816,15 +2811,18 @@ class PostgreSQLPartitions:
             self._connection.execute(DROP_SEQ_INDEX)
             self._connection.execute(CREATE_SEQ_INDEX)
 
-    def _create(self, suffix: str, start: int | None, end: int | None) -> None:
-        statement = CREATE_PARTITION if end is not None else CREATE_REST
-        first: sql.Composable = sql.SQL("MINVALUE") if start is None else sql.Literal(start)
+    def _create_following(self, spans: Sequence[Span], table: str = "events") -> None:
+        for span in spans:
+            self._create(_name_of(span), span.start, span.end, table)
+        self._create(LAST, spans[-1].end, None, table)
+
+    def _create(self, name: str, start: int | None, end: int | None, table: str = "events") -> None:
         self._execute(
-            statement,
-            name=sql.Identifier(f"events_{suffix}"),
-            table=sql.Identifier("events_partitioned"),
-            start=first,
-            end=sql.Literal(end),
+            CREATE_PARTITION,
+            name=sql.Identifier(name),
+            table=sql.Identifier(table),
+            start=sql.SQL("MINVALUE") if start is None else sql.Literal(start),
+            end=sql.SQL("MAXVALUE") if end is None else sql.Literal(end),
         )
 
     def copied(self) -> int:
@@ -2874,23 +2872,25 @@ class PostgreSQLPartitions:
 
     # --- Adding and dropping ----------------------------------------------------------------------
 
+    def tidy(self) -> None:
+        # Alone: see free_retired.
+        if self._has("events_replaced"):
+            with self._locked("LOCK TABLE sessions IN ACCESS EXCLUSIVE MODE"):  # the foreign key's
+                self._connection.execute("DROP TABLE events_replaced")
+
     def add(self, spans: Sequence[Span]) -> None:
-        with_compression = self._connection.info.server_version >= COMPRESSION_SINCE
-        more = " INCLUDING STORAGE" + " INCLUDING COMPRESSION" * with_compression
-        for span in spans:
-            words: dict[str, sql.Composable] = {
-                "name": sql.Identifier(f"events_{span.suffix}"),
-                "start": sql.Literal(span.start),
-                "end": sql.Literal(span.end),
-            }
-            if self._has(f"events_{span.suffix}"):
-                continue
+        missing = [span for span in spans if not self._has(_name_of(span))]
+        if missing:
             with self._locked(*LOCK_PARTITIONS):
-                self._execute(CREATE_ASIDE, name=words["name"], more=sql.SQL(more))
-                self._execute(MOVE_FROM_REST, **words)
-                self._execute(ATTACH_PARTITION, **words)
+                self._replace(LAST)
+                self._create_following(missing)
+                self._connection.execute(MOVE_REPLACED)
         # autovacuum looks at partitions only, never at the table that they belong to.
         self._connection.execute("ANALYZE events")
+
+    def _replace(self, name: str) -> None:
+        self._execute(DETACH_PARTITION, name=sql.Identifier(name))
+        self._execute(RENAME_REPLACED, name=sql.Identifier(name))
 
     def sessions_of(self, partition: str | None) -> list[str]:
         table = sql.Identifier(partition or "events_retired")
@@ -2903,20 +2903,26 @@ class PostgreSQLPartitions:
     def has_retired(self) -> bool:
         return self._has("events_retired")
 
+    def is_needed(self, partition: Partition) -> bool:
+        # The first one takes the time of the next, if that can be done without moving events.
+        oldest = self.read_partitions()[0]
+        if oldest.end != partition.start:
+            return True
+        is_empty = sql.SQL(IS_EMPTY).format(table=sql.Identifier(oldest.name))
+        return not self._connection.execute(is_empty).fetchall()[0][0]
+
     def retire(self, partition: Partition) -> None:
         name = sql.Identifier(partition.name)
         with self._locked(*LOCK_PARTITIONS):
+            needed = self.is_needed(partition)
             self._execute(DETACH_PARTITION, name=name)
             self._execute(RENAME_RETIRED, name=name)
             self._connection.execute(GUARD_RETIRED)
-            if partition.start is None:
-                self._execute(
-                    CREATE_PARTITION,
-                    name=name,
-                    table=sql.Identifier("events"),
-                    start=sql.SQL("MINVALUE"),
-                    end=sql.Literal(partition.end),
-                )
+            if needed:
+                self._create(partition.name, partition.start, partition.end)
+            else:
+                self._replace(OLDEST)
+                self._create(OLDEST, None, partition.end)
 
     def free_retired(self) -> None:
         # Alone, since this lock stops readers, too, and who stores an event asks for sessions last.
@@ -2981,6 +2987,10 @@ class PostgreSQLPartitions:
             raise
         finally:
             self.longest_wait = max(self.longest_wait, time.monotonic() - asked)
+
+
+def _name_of(span: Span) -> str:
+    return f"events_{span.suffix}"
 
 
 class PostgreSQLAdministrator:

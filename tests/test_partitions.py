@@ -581,7 +581,7 @@ def test_a_backup_of_partitions_is_restored_and_goes_on_as_before(
         assert [*owner.iter_events()][-1].id == events[-1].id
         assert owner.save_events(events) == 0
     spans = bounds(empty_database)
-    assert [one[2] for one in spans[:-2]] == [one[1] for one in spans[1:-1]]
+    assert [one[2] for one in spans[:-1]] == [one[1] for one in spans[1:]]
     assert len(check_whole(empty_database)) == len(events) + 2
     told_of = {one.check: one for one in make_store(empty_database.url).check()}
     assert [str(one) for one in told_of.values() if one.level is Level.PROBLEM] == []
@@ -690,9 +690,9 @@ def test_the_unit_is_told_by_the_partitions(plain: Database, by: partitions.Unit
     found = owner.partitions()
     assert partitions.unit_of(found) == by
     assert (found[0].start, found[-1].end) == (None, None)
-    assert [one.start for one in found[1:-1]] == [one.end for one in found[:-2]]
+    assert [one.start for one in found[1:]] == [one.end for one in found[:-1]]
     now = time.time_ns() // 1_000_000
-    coming = [one for one in found if one.start is not None and one.start > now]
+    coming = [one for one in found[:-1] if one.start is not None and one.start > now]
     assert len(coming) == partitions.AHEAD[by]
 
 
@@ -837,6 +837,77 @@ def test_a_partition_keeps_its_events_if_one_session_is_not_due(
     check_whole(partitioned)
 
 
+def test_a_time_whose_partition_was_dropped_between_others_still_has_a_place(
+    partitioned: Database,
+) -> None:
+    with make_store(partitioned.url) as store, partitioned.owner() as owner:
+        store.save_sessions([ended("a", 5, is_pinned=True), ended("b", 35), ended("c", 65)])
+        store.save_events([event(*one) for one in zip("abc", map(month, (5, 35, 65)), strict=True)])
+        dropped = owner.drop_partitions(month(92))
+        assert [name[-8:] for name in dropped.partitions] == ["20231201", "20240101"]
+        late = [event("a", month(day)) for day in (-50, 5, 36, 66, 4000)]
+        assert store.save_event(late[2])
+        assert store.save_events(late) == 4
+        assert owner.drop_partitions(month(92)).partitions == ()
+        assert len(check_whole(partitioned)) == 6
+        # Once nothing older is left, the empty ones go, too.
+        store.delete_session("a")
+        owner.drop_partitions(month(92))
+        assert not {"20231101", "20231201", "20240101"} & names_of(partitioned)
+        assert store.save_event(event("d", month(36)))
+    assert len(check_whole(partitioned)) == 1
+
+
+def test_partitions_come_and_go_while_others_write_and_read(converted: Database) -> None:
+    with (
+        make_store(converted.url) as store,
+        converted.owner() as owner,
+        Writers(converted) as writers,
+    ):
+        for ahead in (3, 6, 9):
+            owner.add_partitions(ahead)
+            # Nothing is so old: what the writers leave stays, and empty months go.
+            owner.drop_partitions(RECENT - 90 * DAY)
+            assert len(store.get_all_recent_events(50)) == 50
+    assert writers.failures == []
+    assert check_whole(converted) == hexes(writers.kept)
+
+
+def test_what_a_killed_command_left_of_a_replaced_partition_is_dropped_by_the_next(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if partitioned.backend != "postgresql":
+        pytest.skip("MySQL replaces no partition")
+    from contextuate_persist.postgresql_store import PostgreSQLPartitions  # noqa: PLC0415
+
+    def left() -> bool:
+        return bool(partitioned.execute("SELECT to_regclass('events_replaced')")[0][0])
+
+    tidy = PostgreSQLPartitions.tidy
+
+    def stop_where_something_is_left(session: PostgreSQLPartitions) -> None:
+        if left():
+            raise KeyboardInterrupt
+        tidy(session)
+
+    now = time.time_ns() // 1_000_000
+    events = [event("s", month(6)), event("t", now), event("t", now + 40 * DAY)]
+    with make_store(partitioned.url) as store, partitioned.owner() as owner:
+        store.save_events(events)
+        store.save_session(ended("s", 6))
+        for work in (lambda: owner.add_partitions(2), lambda: owner.drop_partitions(month(32))):
+            with monkeypatch.context() as patch:
+                patch.setattr(PostgreSQLPartitions, "tidy", stop_where_something_is_left)
+                with pytest.raises(KeyboardInterrupt):
+                    work()
+            assert left()
+            assert store.save_events(events, undelete=False) == 0
+            work()
+            assert not left()
+        assert store.get_events("t") == events[1:]
+    assert len(check_whole(partitioned)) == 2
+
+
 @pytest.mark.parametrize("what", ["pin", "event", "other", "delete"])
 def test_a_session_that_changes_while_its_partition_is_dropped_keeps_its_events(
     partitioned: Database, what: str, monkeypatch: pytest.MonkeyPatch
@@ -902,9 +973,18 @@ def test_an_event_by_id_and_a_span_of_time_read_their_partitions_only(
     with make_store(partitioned.url) as store:
         store.save_events(events)
         assert store.get_event_by_id("s", events[3].id) == events[3]
+        asked = [store.get_events("s", limit=3), store.get_all_recent_events(3)]
+        assert asked == [events[-3:], events[:-4:-1]]
     if partitioned.backend == "postgresql":
         from contextuate_persist import postgresql_store as module  # noqa: PLC0415
 
+        # One after the other until there are enough.
+        last = "ORDER BY timestamp DESC, seq DESC LIMIT 3"
+        for query in (f"WHERE session_id = 's' {last}", last):
+            plan = partitioned.execute(
+                f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {module.SELECT_EVENTS} {query}"
+            )
+            assert not any("Merge Append" in line or "Sort" in line for (line,) in plan)
         by_id = module.SELECT_PARTITIONED_EVENT % {
             "id": f"'{events[3].id}'::uuid", "session_id": "'s'",
         }  # fmt: skip
