@@ -1224,6 +1224,8 @@ SELECT_SESSIONS_OF = "SELECT DISTINCT e.session_id FROM {table} AS e"
 SHOW_EVENTS = "SHOW CREATE TABLE events"
 NOT_OF_RETIRED = re.compile(r"CONSTRAINT `[^`]+` (?=CHECK)|/\*!\d+ PARTITION BY.*", re.DOTALL)
 
+IS_EMPTY = "SELECT NOT EXISTS (SELECT 1 FROM {table})"
+
 RETIRE_PARTITION = """
 ALTER TABLE events EXCHANGE PARTITION {partition} WITH TABLE events_retired WITHOUT VALIDATION
 """
@@ -2591,13 +2593,17 @@ class MySQLPartitions:
         [(_, events)] = _unprepared(self._connection, SHOW_EVENTS)
         retired = events.replace("TABLE `events`", "TABLE IF NOT EXISTS `events_retired`", 1)
         self._connection.cmd_query(NOT_OF_RETIRED.sub("", retired).encode())
-        with self._waiting():
-            exchange = RETIRE_PARTITION.format(partition=partition.name)
-            self._connection.cmd_query(exchange.encode())
-        if not self.is_needed(partition):
+        # Again if the partition could not be dropped then: what was taken out must not go back.
+        if self._is_empty("events_retired"):
             with self._waiting():
-                drop = f"ALTER TABLE events DROP PARTITION {partition.name}"
-                self._connection.cmd_query(drop.encode())
+                exchange = RETIRE_PARTITION.format(partition=partition.name)
+                self._connection.cmd_query(exchange.encode())
+        if not self.is_needed(partition):
+            with self._locked(b"LOCK TABLES events WRITE"):
+                # Or somebody has stored an event of its time in between: it stays.
+                if self._is_empty(f"events PARTITION ({partition.name})"):
+                    drop = f"ALTER TABLE events DROP PARTITION {partition.name}"
+                    self._connection.cmd_query(drop.encode())
 
     def free_retired(self) -> None:
         """Nothing to do: partitions have no foreign keys."""
@@ -2631,6 +2637,9 @@ class MySQLPartitions:
     def drop_unpartitioned(self) -> None:
         with self._waiting():
             self._connection.cmd_query(b"DROP TABLE events_unpartitioned")
+
+    def _is_empty(self, table: str) -> bool:
+        return bool(_execute(self._connection, IS_EMPTY.format(table=table))[0][0])
 
     def _has(self, table: str) -> bool:
         return bool(_execute(self._connection, SELECT_TABLE, {"table": table}))

@@ -2908,8 +2908,7 @@ class PostgreSQLPartitions:
         oldest = self.read_partitions()[0]
         if oldest.end != partition.start:
             return True
-        is_empty = sql.SQL(IS_EMPTY).format(table=sql.Identifier(oldest.name))
-        return not self._connection.execute(is_empty).fetchall()[0][0]
+        return not self._is_empty(oldest.name)
 
     def retire(self, partition: Partition) -> None:
         name = sql.Identifier(partition.name)
@@ -2956,6 +2955,10 @@ class PostgreSQLPartitions:
     def drop_unpartitioned(self) -> None:
         with self._locked("LOCK TABLE sessions IN ACCESS EXCLUSIVE MODE"):  # the foreign key's
             self._connection.execute("DROP TABLE events_unpartitioned")
+
+    def _is_empty(self, table: str) -> bool:
+        query = sql.SQL(IS_EMPTY).format(table=sql.Identifier(table))
+        return bool(self._connection.execute(query).fetchall()[0][0])
 
     def _foreign_keys(self, table: str) -> list[str]:
         keys = self._connection.execute(SELECT_FOREIGN_KEYS, {"table": table}).fetchall()

@@ -942,6 +942,94 @@ def test_a_session_that_changes_while_its_partition_is_dropped_keeps_its_events(
     check_whole(partitioned)
 
 
+@pytest.mark.parametrize("what", ["reader", "writer"])
+def test_what_others_do_between_the_two_steps_of_a_drop_on_mysql_costs_no_event(
+    partitioned: Database, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if partitioned.backend != "mysql":
+        pytest.skip("PostgreSQL drops in one step")
+    from contextuate_persist.mysql_store import MySQLPartitions, _execute  # noqa: PLC0415
+
+    events = [event(name, month(6)) for name in "ab" for _ in range(5)]
+    late = event("c", month(7))
+    locked = MySQLPartitions._locked
+    calls: list[bytes] = []
+    with make_store(partitioned.url) as store, contextlib.ExitStack() as stack:
+        store.save_sessions([ended("a", 5), ended("b", 6)])
+        store.save_events(events)
+
+        def come_between(session: MySQLPartitions, statement: bytes) -> Any:
+            calls.append(statement)
+            if len(calls) == 1:
+                store.update_session("b", is_pinned=True)
+                if what == "writer":
+                    assert store.save_event(late)
+                else:  # for longer than the lock is waited for
+                    connection = stack.enter_context(store._connection(True))
+                    _execute(connection, "SELECT e.seq FROM events AS e LIMIT 1")
+            else:
+                stack.close()
+            return locked(session, statement)
+
+        monkeypatch.setattr(MySQLPartitions, "_locked", come_between)
+        dropped = partitioned.owner().drop_partitions(month(32))
+        assert len(dropped.partitions) == 1
+        assert len(calls) == (1 if what == "writer" else 2)
+        assert store.get_events("a") == []
+        assert store.get_events("b") == events[5:]
+        assert store.get_events("c") == ([late] if what == "writer" else [])
+    check_whole(partitioned)
+
+
+def test_the_planner_gets_statistics_of_the_whole_table_every_week(converted: Database) -> None:
+    if converted.backend != "postgresql":
+        pytest.skip("MySQL counts partitions with their table")
+    analyzed = "SELECT last_analyze FROM pg_stat_all_tables WHERE relname = 'events'"
+    with converted.owner() as owner:
+        owner.save_events([event("s", RECENT + n) for n in range(20)])
+        (told,) = [one for one in maintain(owner, "weekly", Tasks()) if one.check == "statistics"]
+    assert told.level is Level.OK
+    assert "events_" not in told.message
+    assert converted.execute(analyzed)[0][0] is not None
+    counted = "SELECT sum(reltuples) FROM pg_class WHERE relname = 'events_older'"
+    assert converted.execute(counted)[0][0] == 20
+
+
+def test_the_last_dated_partition_stays_for_it_tells_how_long_they_are(plain: Database) -> None:
+    with plain.owner()._partition_session(60) as session:
+        session.prepare(partitions.periods("week", T0, T0 + 15 * DAY))
+        session.switch(0)
+    plain.owner().discard_unpartitioned()
+    with make_store(plain.url) as store, plain.owner() as owner:
+        store.save_events([event(f"s{n}", T0 + n * 7 * DAY) for n in range(3)])
+        assert len(owner.drop_partitions(RECENT).partitions) == 2
+        assert partitions.unit_of(owner.partitions()) == "week"
+        assert [one.session_id for one in store.get_sessions()] == ["s2"]
+    check_whole(plain)
+
+
+def test_adding_partitions_fills_what_only_a_default_one_covered(partitioned: Database) -> None:
+    """PostgreSQL's layout as it was: restored from a backup of that time, say."""
+    if partitioned.backend != "postgresql":
+        pytest.skip("MySQL has no DEFAULT partition")
+    for statement in (
+        "ALTER TABLE events DETACH PARTITION events_rest",
+        "ALTER TABLE events ATTACH PARTITION events_rest DEFAULT",
+        "ALTER TABLE events DETACH PARTITION events_20240101",
+        "DROP TABLE events_20240101",
+    ):
+        partitioned.execute(statement)
+    events = [event("s", month(days)) for days in (5, 70, 4000)]
+    with make_store(partitioned.url) as store, partitioned.owner() as owner:
+        store.save_events(events)
+        owner.add_partitions(1)
+        found = owner.partitions()
+        assert [one.start for one in found[1:]] == [one.end for one in found[:-1]]
+        assert store.get_events("s") == events
+        assert store.save_event(event("s", month(71)))
+    check_whole(partitioned)
+
+
 def test_a_drop_that_was_killed_goes_on_when_run_again(
     partitioned: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
