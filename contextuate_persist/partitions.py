@@ -410,10 +410,15 @@ def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     ends = [one.end for one in partitions if one.end is not None]
     first = max(ends, default=period(by, now).start)
     spans = periods(by, first, coming(by, now, AHEAD[by] if ahead is None else ahead))
-    if not spans:
-        return []
-    _patiently(session, partial(session.add, spans))
-    _patiently(session, session.tidy)
+    if spans:
+        _patiently(session, session.tidy)  # of a run that was killed
+        _patiently(session, partial(session.add, spans))
+    try:
+        session.tidy()
+    except Exception as error:
+        # As long as somebody reads, a backup perhaps: the next run does it.
+        if not session.passing(error):
+            raise
     before = {one.name for one in partitions}
     return [one.name for one in session.read_partitions() if one.name not in before]
 
@@ -432,9 +437,13 @@ def drop(session: PartitionSession, older_than: int, *, empty: bool) -> Dropped:
     # Tombstones are dated now: they could not hold what is in the future away.
     limit = min(older_than, _now())
     due = session.prunable(due_before)
-    for partition in session.read_partitions():
+    partitions = session.read_partitions()
+    *_, newest, _ = partitions
+    for partition in partitions:
         if partition.end is None or partition.end > limit:
             continue
+        if partition is newest and partition.start is not None:
+            continue  # it tells how long those to come are
         ids = session.sessions_of(partition.name)
         if not ids and session.is_needed(partition):
             continue

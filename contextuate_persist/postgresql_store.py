@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import time
@@ -2883,10 +2884,18 @@ class PostgreSQLPartitions:
         if missing:
             with self._locked(*LOCK_PARTITIONS):
                 self._replace(LAST)
+                self._fill_gaps()
                 self._create_following(missing)
                 self._connection.execute(MOVE_REPLACED)
         # autovacuum looks at partitions only, never at the table that they belong to.
         self._connection.execute("ANALYZE events")
+
+    def _fill_gaps(self) -> None:
+        # Of a time when a DEFAULT partition took what belonged nowhere else.
+        for one, following in itertools.pairwise(self.read_partitions()):
+            if one.end is not None and following.start is not None and one.end < following.start:
+                span = Span(one.end, following.start)
+                self._create(_name_of(span), *span)
 
     def _replace(self, name: str) -> None:
         self._execute(DETACH_PARTITION, name=sql.Identifier(name))
