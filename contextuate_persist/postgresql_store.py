@@ -964,11 +964,12 @@ SELECT
 
 LOCK_SCHEMA = "SELECT pg_try_advisory_lock(%(key)s)"
 
-SET_TIMEOUTS = """
+SET_SESSION = """
 SELECT
     set_config('statement_timeout', %(statement)s, FALSE),
     set_config('lock_timeout', %(lock)s, FALSE),
-    set_config('idle_in_transaction_session_timeout', %(statement)s, FALSE)
+    set_config('idle_in_transaction_session_timeout', %(statement)s, FALSE),
+    set_config('default_transaction_isolation', 'read committed', FALSE)
 """
 
 # --- Partitions -----------------------------------------------------------------------------------
@@ -1958,7 +1959,7 @@ class PostgreSQLStore(BaseStore):
             "statement": str(base.milliseconds(self._statement_timeout)),
             "lock": str(base.milliseconds(self._lock_timeout)),
         }
-        connection.execute(SET_TIMEOUTS, timeouts)
+        connection.execute(SET_SESSION, timeouts)
         # A little more than the server allows itself, so that it can speak first.
         connection.patience = self._statement_timeout + 5
 

@@ -388,6 +388,19 @@ def test_health_tells_server_driver_and_schema(store: BaseStore, backend: str) -
     assert health.pool_size == 10
 
 
+def test_what_is_committed_meanwhile_is_seen_whatever_the_servers_default(
+    empty_database: Database,
+) -> None:
+    if empty_database.backend == "postgresql":  # MySQL's is that by itself
+        default = "default_transaction_isolation TO 'repeatable read'"
+        empty_database.execute(f"ALTER ROLE {empty_database.user} SET {default}")
+    empty_database.owner().apply_schema()
+    with make_store(empty_database.url) as store, store._connection(True) as connection:
+        assert store._select_states(connection, None) == []
+        store.save_session(session("s"))
+        assert len(store._select_states(connection, None)) == 1
+
+
 @pytest.mark.parametrize(
     "options",
     [
