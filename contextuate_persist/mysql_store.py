@@ -850,7 +850,7 @@ SELECT_BESIDE = """
 SELECT t.table_name
 FROM information_schema.tables AS t
 WHERE t.table_schema = DATABASE()
-    AND t.table_name IN ('events_partitioned', 'events_unpartitioned')
+    AND t.table_name IN ('events_partitioned', 'events_retired', 'events_unpartitioned')
 """
 
 SELECT_COPIES = """
@@ -2129,7 +2129,7 @@ class MySQLStore(BaseStore):
     def _has_old_table(self, connection: Any) -> bool:
         self._sees_partitions(connection)
         beside = {row[0] for row in _execute(connection, SELECT_BESIDE)}
-        if "events_partitioned" in beside:
+        if beside - {"events_unpartitioned"}:
             raise StoreUnavailable(f"{self._place}: {partitions.HALF_WAY}")
         return bool(beside)
 

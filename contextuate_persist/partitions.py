@@ -18,10 +18,10 @@ from contextuate_persist import trees
 from contextuate_persist.errors import ConfigurationError, SchemaError
 
 T = TypeVar("T")
-#: What single events must not be changed or deleted during: the copy would still have them.
+#: What single events must not be changed or deleted during: tables beside would still have them.
 HALF_WAY = (
-    "events is being partitioned: wait for `contextuate-persist partition`, or run it again if it "
-    "was interrupted"
+    "partitions of events are being made or dropped: wait for `contextuate-persist partition`, "
+    "prune or maintain, or run it again if it was interrupted"
 )
 #: How long a partition is; weeks begin on Monday, everything in UTC.
 Unit: TypeAlias = Literal["month", "week", "day"]

@@ -813,7 +813,14 @@ WHERE i.id = ANY(ARRAY(
 DELETE_UNPARTITIONED_EVENTS = DELETE_EVENTS.replace("events", "events_unpartitioned")
 UNNAME_UNPARTITIONED_PARENTS = UNNAME_PARENTS.replace("events", "events_unpartitioned")
 
-SELECT_BESIDE = "SELECT to_regclass('events_partitioned'), to_regclass('events_unpartitioned')"
+SELECT_BESIDE = """
+SELECT
+    COALESCE(
+        to_regclass('events_partitioned'), to_regclass('events_retired'),
+        to_regclass('events_replaced')
+    ),
+    to_regclass('events_unpartitioned')
+"""
 
 SELECT_COPIES = """
 SELECT s.session_id
