@@ -2078,8 +2078,9 @@ class MySQLStore(BaseStore):
         if not self._sees_partitions(connection):
             return _send(connection, DELETE_SOME_EVENTS.format(limit=limit), {"session_ids": ids})
         asked = {"session_ids": records.json_list(ids), "limit": limit}
-        some = [row[0] for row in _execute(connection, SELECT_SOME_IDS, asked)]
-        return self._delete_events(connection, some) if some else 0
+        some = [uuid.UUID(row[0]).bytes for row in _execute(connection, SELECT_SOME_IDS, asked)]
+        # Two rows of each.
+        return _send(connection, DELETE_PARTITIONED_EVENTS, {"ids": some}) // 2 if some else 0
 
     def _unname_parents(self, connection: Any, ids: list[str], limit: int) -> int:
         named = {"session_ids": ids}
@@ -2176,9 +2177,7 @@ class MySQLStore(BaseStore):
         return _execute(connection, SELECT_USAGE, {"session_id": session_id})
 
     def _delete_states(self, connection: Any, ids: list[str], in_slices: bool) -> int:
-        found = _read_version(connection) if in_slices else None
-        # Where events is partitioned, its ids lie in another table.
-        if found is not None and found.layout == "plain":
+        if in_slices:
             if shown := self._select_shown(connection, ids):
                 _send(connection, REMEMBER_DELETIONS, {"session_ids": shown})
             while self._delete_some_events(connection, ids, base.DELETE_ROWS):

@@ -403,7 +403,6 @@ def require(session: PartitionSession) -> None:
 def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     """Add the partitions that are missing up to so many after the present one; their names."""
     require(session)
-    _patiently(session, session.tidy)  # of a run that was killed
     partitions = session.read_partitions()
     by = unit_of(partitions) or "month"
     now = _now()

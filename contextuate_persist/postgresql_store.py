@@ -1701,7 +1701,10 @@ SURVEY = {
     "garbage": """
         SELECT
             s.relname,
-            s.n_dead_tup * pg_relation_size(s.relid) / GREATEST(s.n_dead_tup + s.n_live_tup, 1),
+            trunc(
+                s.n_dead_tup::numeric * pg_relation_size(s.relid)
+                    / GREATEST(s.n_dead_tup + s.n_live_tup, 1)
+            )::bigint,
             pg_relation_size(s.relid)
         FROM pg_stat_user_tables AS s
         WHERE s.schemaname = current_schema()

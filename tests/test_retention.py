@@ -253,13 +253,21 @@ def test_steps_are_small_and_a_large_tree_goes_alone_and_whole(
         steps.append((len(states), in_slices))
         return delete(states, fingerprints, in_slices=in_slices)
 
+    delete_some, slices = store._delete_some_events, []
+
+    def sliced(*arguments: Any) -> int:
+        slices.append(delete_some(*arguments))
+        return slices[-1]
+
     monkeypatch.setattr(store, "delete_unchanged", counted)
+    monkeypatch.setattr(store, "_delete_some_events", sliced)
     seen: list[tuple[int, int | None]] = []
     report = prune(
         store, RetentionPolicy(), progress=lambda done, total: seen.append((done, total))
     )
     assert (report.sessions, report.events) == (10, 61)
     assert steps == [(2, False), (2, False), (1, True), (2, False), (2, False), (1, False)]
+    assert slices == [7, 7, 7, 4, 0]
     assert seen == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
     assert store.save_event(event("s4", T0 + 4)) is False
 
