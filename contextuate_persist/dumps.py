@@ -439,6 +439,8 @@ class MySQLDumper:
     @contextmanager
     def _run(self, program: str, *words: str, takes_input: bool = False) -> Iterator[Program]:
         environment = {name: text for name, text in os.environ.items() if name != "MYSQL_PWD"}
+        # Or a login path of the user's would be read after the file, and name another server.
+        environment["MYSQL_TEST_LOGIN_FILE"] = os.devnull
         with secret_file(self._options) as (number, path):
             argv = [self._programs[program], f"--defaults-file={path}", *words]
             with Program(

@@ -21,6 +21,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.padding import PKCS7
 
 from contextuate_persist import (
     ConfigurationError,
@@ -647,6 +649,33 @@ def test_no_password_is_on_any_command_line(
     captured = capsys.readouterr()
     assert "ss'w" not in captured.out + captured.err
     assert "ss%27w" not in captured.out + captured.err
+
+
+@pytest.mark.only("mysql")
+def test_a_login_path_does_not_lead_the_programs_elsewhere(
+    made: Path, database: Database, target: Callable[[], Database], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `mysql_config_editor set --host=...` leaves is read after all other option files."""
+    monkeypatch.setenv("HOME", str(made.parent))
+    login_path(made.parent / ".mylogin.cnf", "[client]", "host = nowhere.invalid", "port = 1")
+    empty = target()
+    restore(empty.owner(), made)
+    assert everything(empty) == everything(database)
+
+
+def login_path(path: Path, *lines: str) -> None:
+    """Write a file as mysql_config_editor does."""
+    key = os.urandom(20)
+    short = bytes(key[n] ^ (key[n + 16] if n < 4 else 0) for n in range(16))
+    content = bytes(4) + key
+    for line in lines:
+        padder = PKCS7(128).padder()
+        plain = padder.update(f"{line}\n".encode()) + padder.finalize()
+        encryptor = Cipher(algorithms.AES(short), modes.ECB()).encryptor()
+        data = encryptor.update(plain) + encryptor.finalize()
+        content += len(data).to_bytes(4, "little") + data
+    path.write_bytes(content)
+    path.chmod(0o600)
 
 
 def test_the_urls_tls_settings_hold_for_the_programs(
