@@ -1034,7 +1034,11 @@ VALUES (%(version)s, %(name)s, %(checksum)s)
 ON DUPLICATE KEY UPDATE name = %(name)s, checksum = %(checksum)s
 """
 
-ALLOW_LONG_STATEMENTS = b"SET SESSION max_execution_time = 0"
+# Nor is the connection to end while it waits: for a program that dumps or loads, or, in the middle
+# of a result, for another one that is read beside it.
+ALLOW_LONG_STATEMENTS = b"""
+SET SESSION max_execution_time = 0, wait_timeout = 31536000, net_write_timeout = 86400
+"""
 
 LOCK_SCHEMA = """
 SELECT GET_LOCK(CONCAT('contextuate_schema_', LEFT(SHA2(%(database)s, 256), 40)), 0)
@@ -2344,6 +2348,7 @@ class MySQLStore(BaseStore):
     def _scratch(self, name: str) -> Iterator[BaseStore]:
         connection = self._connect(patient=True)
         try:
+            connection.cmd_query(ALLOW_LONG_STATEMENTS)
             connection.cmd_query(CREATE_SCRATCH.format(database=_identifier(name)).encode())
             try:
                 yield MySQLStore(urlunsplit(urlsplit(self._url)._replace(path=f"/{quote(name)}")))

@@ -963,10 +963,15 @@ VALUES (%(version)s, %(name)s, %(checksum)s)
 ON CONFLICT (version) DO UPDATE SET name = EXCLUDED.name, checksum = EXCLUDED.checksum
 """
 
+# Nor is the connection to end while it waits for a program that dumps or loads. Only newer servers
+# have all of these.
 ALLOW_LONG_STATEMENTS = """
-SELECT
-    set_config('statement_timeout', '0', FALSE),
-    set_config('idle_in_transaction_session_timeout', '0', FALSE)
+SELECT set_config(s.name, '0', FALSE)
+FROM pg_settings AS s
+WHERE s.name IN (
+    'statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout',
+    'idle_session_timeout'
+)
 """
 
 LOCK_SCHEMA = "SELECT pg_try_advisory_lock(%(key)s)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -334,6 +335,66 @@ def test_a_backup_sees_one_moment_while_writers_go_on(
             assert numbers == list(range(len(numbers)))
             assert numbers
             assert len(numbers) <= len(store.get_events(f"w{n}", limit=100_000))
+
+
+@contextlib.contextmanager
+def impatient(server: servers.Server) -> Iterator[None]:
+    """A server that ends what is idle, or does not read, for a second."""
+    if server.kind == "mysql":
+        names = ["@@GLOBAL.wait_timeout", "@@GLOBAL.net_write_timeout"]
+        before = server.execute(f"SELECT {', '.join(names)}")[0]
+        impatience = [f"SET {name} = 1" for name in names]
+        patience = [f"SET {name} = {value}" for name, value in zip(names, before, strict=True)]
+    else:
+        rows = server.execute(
+            "SELECT name FROM pg_settings WHERE name IN ('idle_session_timeout', "
+            "'idle_in_transaction_session_timeout', 'transaction_timeout')"
+        )
+        impatience = [f"ALTER ROLE ALL SET {name} = '1s'" for (name,) in rows]
+        patience = [f"ALTER ROLE ALL RESET {name}" for (name,) in rows]
+    try:
+        for statement in impatience:
+            server.execute(statement)
+        yield
+    finally:
+        for statement in patience:
+            server.execute(statement)
+
+
+def test_a_server_that_ends_idle_connections_ends_no_backup_and_no_restore(
+    store: BaseStore, database: Database, server: servers.Server
+) -> None:
+    """While a program works for long, our own connections have nothing to do."""
+    before = databases(server)
+    with impatient(server), contextlib.ExitStack() as stack:
+        snapshot = stack.enter_context(store.snapshot())
+        contents = snapshot.contents()
+        session = stack.enter_context(database.owner().schema_session())
+        stack.enter_context(
+            open_store(server.url(database.name)).scratch("contextuate_restore_idle")
+        )
+        time.sleep(1.3)
+        assert snapshot.contents() == contents
+        assert session.has_rows("schema_version")
+    assert databases(server) == before
+
+
+@pytest.mark.only("mysql")
+def test_a_server_waits_for_the_reader_of_the_sums(
+    database: Database, store: BaseStore, server: servers.Server
+) -> None:
+    """The second sums of a backup are begun, and may take long, when the first are not read yet."""
+    database.execute(
+        "INSERT INTO sessions (session_id, machine_id, working_directory, start_time, status) "
+        "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 80) "
+        "SELECT CONCAT(a.n * 1000 + b.n, REPEAT('😀', 240)), 'm', '/', 1, 'active' "
+        "FROM n AS a JOIN n AS b"
+    )
+    with impatient(server), store.snapshot() as snapshot:
+        sums = snapshot.sums()
+        next(sums)
+        time.sleep(1.5)
+        assert sum(1 for _ in sums) == 80 * 80 - 1
 
 
 # --- Files ----------------------------------------------------------------------------------------
