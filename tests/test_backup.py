@@ -337,6 +337,33 @@ def test_a_backup_sees_one_moment_while_writers_go_on(
             assert len(numbers) <= len(store.get_events(f"w{n}", limit=100_000))
 
 
+def test_what_goes_and_comes_while_a_dump_begins_is_no_damage(
+    store: BaseStore,
+    target: Callable[[], Database],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fewer events in the dump than before it, and than after it."""
+    store.save_events([event(f"s{n % 2}", T0 + n) for n in range(20)])
+    snapshot = store.snapshot
+
+    @contextlib.contextmanager
+    def before() -> Iterator[dumps.Snapshot]:
+        monkeypatch.setattr(store, "snapshot", after)
+        with snapshot() as seen:
+            store.delete_session("s0")
+            yield seen
+
+    def after() -> contextlib.AbstractContextManager[dumps.Snapshot]:
+        store.save_events([event("s2", T0 + n) for n in range(5)])
+        return snapshot()
+
+    monkeypatch.setattr(store, "snapshot", before)
+    made = backup(store, tmp_path / "b")
+    assert made.moving == (2 if store.backend == "mysql" else 0)
+    restore(target().owner(), tmp_path / "b")
+
+
 @contextlib.contextmanager
 def impatient(server: servers.Server) -> Iterator[None]:
     """A server that ends what is idle, or does not read, for a second."""
