@@ -1425,6 +1425,8 @@ class BaseStore(ABC):
         kind = StoreRefused if fault in (Fault.REFUSED, Fault.UNFIT) else StoreUnavailable
         raised = kind(f"{self._place}: {reason}")
         raised.perhaps_one = self._may_mean_one(fault)
+        if isinstance(raised, StoreRefused):
+            raised.to_all = fault is Fault.UNFIT
         return raised
 
     def _may_mean_one(self, fault: Fault) -> bool:

@@ -96,6 +96,9 @@ class StoreUnavailable(PersistenceError):
 class StoreRefused(PersistenceError):
     """The server understood and said no: privileges, a full disk, a read-only server."""
 
+    #: Whether it says so to every account: its disk is full, it is read-only.
+    to_all = False
+
 
 class StorageFull(PersistenceError):
     """The database has reached `storage_limit`; the message names it and the way out."""

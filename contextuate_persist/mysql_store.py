@@ -2322,7 +2322,9 @@ class MySQLStore(BaseStore):
             # What goes wrong comes as rows, among others that only tell how it is done.
             for row in _unprepared(connection, statement.format(table=_identifier(table))):
                 if row[2].lower() == "error":
-                    raise StoreRefused(f"{self._place}: table {table}: {row[3]}")
+                    refused = StoreRefused(f"{self._place}: table {table}: {row[3]}")
+                    refused.to_all = True  # an account that may not is refused before
+                    raise refused
         finally:
             _close_quietly(connection)
 

@@ -8,13 +8,16 @@ import re
 import shlex
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mysql.connector
+import psycopg
 import pytest
 
-from contextuate_persist import StoreUnavailable, backup, maintenance
+from contextuate_persist import StoreUnavailable, backup, backup_file, maintenance
 from contextuate_persist.arguments import make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.cli import main
@@ -212,14 +215,21 @@ def test_both_servers_answer_the_owner_about_everything(database: Database) -> N
 # --- Backups and benchmarks -----------------------------------------------------------------------
 
 
-def test_the_newest_backup_is_verified_and_restored(
-    store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def tools(
+    backend: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if store.backend == "mysql":  # its client programs, as on a machine that has them installed
-        tools = tmp_path / "tools"
-        tools.mkdir()
-        next(iter(servers.find_mysql())).write_tools(tools)
-        monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    """MySQL's client programs, as on a machine that has them installed."""
+    if backend == "mysql":
+        directory = tmp_path_factory.mktemp("tools")
+        next(iter(servers.find_mysql())).write_tools(directory)
+        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("tools")
+def test_the_newest_backup_is_verified_and_restored(
+    store: BaseStore, database: Database, tmp_path: Path
+) -> None:
     fill(store)
     empty = Tasks(backups=tmp_path)
     (found,) = by_check(maintain(store, "daily", empty))["backup"]
@@ -236,6 +246,43 @@ def test_the_newest_backup_is_verified_and_restored(
     made.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
     (found,) = by_check(maintain(store, "daily", empty))["backup"]
     assert found.level is Level.PROBLEM
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_backup_that_cannot_be_loaded_is_a_problem(
+    store: BaseStore, database: Database, tmp_path: Path
+) -> None:
+    """Whole as a file, but its rows are no server's."""
+    made = backup.backup(store, tmp_path / "made")
+    with tarfile.open(made.path) as tar, (tmp_path / "wrong.backup").open("wb") as stream:
+        writer = backup_file.Writer(stream)
+        for member in tar.getmembers()[:-1]:
+            data = tar.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name.startswith("data."):
+                data = b"".join(backup_file.compressed([b"INSERT INTO nowhere VALUES (1);\n"]))
+            writer.add(member.name, data)
+        writer.finish()
+    tasks = Tasks(backups=tmp_path, administrator=database.server.admin_url)
+    (found,) = by_check(maintain(store, "daily", tasks))["backup"]
+    assert found.level is Level.OK
+    (found,) = by_check(maintain(store, "quarterly", tasks))["restore"]
+    assert (found.level, found.advice) == (Level.PROBLEM, "")
+    assert re.search("mysql|pg_restore", found.message)
+
+
+def test_what_no_account_could_do_is_a_problem_and_not_the_owners_to_do(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full: Exception = psycopg.errors.DiskFull("No space left on device")
+    if store.backend == "mysql":
+        full = mysql.connector.DatabaseError("The table is full", errno=1114)
+
+    def fail(_: str) -> None:
+        raise full
+
+    monkeypatch.setattr(store, "_refresh_statistics", fail)
+    (found,) = by_check(maintain(store, "weekly"))["statistics"]
+    assert (found.level, found.advice) == (Level.PROBLEM, "")
 
 
 def figures(path: Path, moment: int, **values: float) -> None:
