@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextuate_persist import doctor, retention
+from contextuate_persist import doctor, encryption, retention
 from contextuate_persist.archive import archive
 from contextuate_persist.backup import restore_test, verify_backup
 from contextuate_persist.doctor import Finding, Level
 from contextuate_persist.errors import PersistenceError, StoreRefused
 from contextuate_persist.retention import RetentionPolicy
+from contextuate_persist.transfer import SUFFIXES
 
 if TYPE_CHECKING:
     from contextuate_persist.base import BaseStore
@@ -128,8 +129,16 @@ def _connections(store: BaseStore, _: Tasks) -> Iterator[Finding]:
 def _newest_backup(tasks: Tasks) -> Path | None:
     if tasks.backups is None:
         return None
-    found = [path for path in tasks.backups.glob("*.backup*") if path.is_file()]
+    # Not what begins with a dot: a backup that is being made, or was killed.
+    names = {*tasks.backups.glob("[!.]*.backup*"), *tasks.backups.glob("[!.]*.age")}
+    found = [path for path in names if path.is_file() and not path.name.endswith(SUFFIXES)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_locked(path: Path, tasks: Tasks) -> bool:
+    """Whether its key is not here, as on the machine that makes encrypted backups it should be."""
+    with path.open("rb") as file:
+        return tasks.identity is None and encryption.is_encrypted(file.read(64))
 
 
 def _backup(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
@@ -139,11 +148,14 @@ def _backup(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
     if path is None:
         advice = "make one: `contextuate-persist backup`"
         return iter([Finding("backup", Level.PROBLEM, f"{tasks.backups} has none", advice)])
-    verify_backup(path, identity=tasks.identity)
+    if not (locked := _is_locked(path, tasks)):
+        verify_backup(path, identity=tasks.identity)
     age = (time.time() - path.stat().st_mtime) / 86_400
-    message = f"{path.name} is whole, and {age:.1f} days old"
+    message = f"{path.name} is {'encrypted' if locked else 'whole'}, and {age:.1f} days old"
     if age > BACKUP_DAYS:
         return _warn("backup", message, "see why there is no newer one")
+    if locked:
+        return _warn("backup", message, "verify it where its key is, with --identity FILE")
     return _ok("backup", message)
 
 
@@ -216,8 +228,9 @@ def _partitions(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
 
 def _restore(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
     path = _newest_backup(tasks)
-    if path is None or tasks.administrator is None:
-        name = path or "FILE"
+    locked = path is not None and _is_locked(path, tasks)
+    if path is None or tasks.administrator is None or locked:
+        name = f"{path or 'FILE'}{' --identity KEY' if locked else ''}"
         advice = f"run `contextuate-persist restore --test {name}` with an administrator's URL"
         return _warn("restore", "no backup was restored to try it", advice)
     restore_test(path, tasks.administrator, identity=tasks.identity)

@@ -17,7 +17,7 @@ import mysql.connector
 import psycopg
 import pytest
 
-from contextuate_persist import StoreUnavailable, backup, backup_file, maintenance
+from contextuate_persist import StoreUnavailable, backup, backup_file, encryption, maintenance
 from contextuate_persist.arguments import make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.cli import main
@@ -283,6 +283,45 @@ def test_what_no_account_could_do_is_a_problem_and_not_the_owners_to_do(
     monkeypatch.setattr(store, "_refresh_statistics", fail)
     (found,) = by_check(maintain(store, "weekly"))["statistics"]
     assert (found.level, found.advice) == (Level.PROBLEM, "")
+
+
+@pytest.mark.usefixtures("tools")
+def test_an_encrypted_backup_is_looked_at_as_far_as_its_key_is_here(
+    store: BaseStore, database: Database, tmp_path: Path
+) -> None:
+    public = encryption.new_identity(tmp_path / "key")
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    path = directory / "tonight.age"
+    backup.backup(store, path, recipients=[public])
+    administrator = database.server.admin_url
+
+    def look(**given: Any) -> list[Finding]:
+        tasks = Tasks(backups=directory, administrator=administrator, **given)
+        daily, quarterly = maintain(store, "daily", tasks), maintain(store, "quarterly", tasks)
+        return [*by_check(daily)["backup"], *by_check(quarterly)["restore"]]
+
+    whole, restored = look(identity=tmp_path / "key")
+    assert (whole.level, restored.level) == (Level.OK, Level.OK)
+    found, not_restored = look()
+    assert (found.level, not_restored.level) == (Level.WARNING, Level.WARNING)
+    assert found.message == "tonight.age is encrypted, and 0.0 days old"
+    assert "--identity" in found.advice
+    assert "--identity" in not_restored.advice
+    os.utime(path, (1, 1))
+    (found, _) = look()
+    assert (found.level, found.advice) == (Level.WARNING, "see why there is no newer one")
+
+
+@pytest.mark.usefixtures("tools")
+def test_what_is_no_whole_backup_is_not_the_newest(store: BaseStore, tmp_path: Path) -> None:
+    made = Path(backup.backup(store, tmp_path).path)
+    for name in (f".{made.name}.1234.partial", "contextuate-1-0001.jsonl.gz.age", "other"):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (2**31, 2**31))
+    (found,) = by_check(maintain(store, "daily", Tasks(backups=tmp_path)))["backup"]
+    assert found.level is Level.OK
+    assert found.message.startswith(made.name)
 
 
 def figures(path: Path, moment: int, **values: float) -> None:
