@@ -6,6 +6,7 @@ What the file looks like is in backup_file.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import secrets
@@ -147,10 +148,22 @@ def _new_file(target: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.link(partial, target)  # which, unlike a rename, overwrites nothing
+        _rename(partial, target)
         sync_directory(target.parent)
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
+
+
+def _rename(partial: Path, target: Path) -> None:
+    """Give a file its name; raises FileExistsError if another has it."""
+    try:
+        os.link(partial, target)  # which, unlike a rename, overwrites nothing
+    except OSError as error:
+        # exFAT and many network mounts have no links.
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        partial.replace(target)
 
 
 def _begin(program: Program) -> bytes:

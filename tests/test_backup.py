@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -552,6 +553,29 @@ def test_nothing_is_overwritten_and_a_directory_gets_a_new_file(
     assert list((tmp_path / "directory").iterdir()) == [made]
     with pytest.raises(FileNotFoundError):
         backup(store, tmp_path / "missing" / "b")
+
+
+def test_a_disk_without_links_takes_a_backup_and_keeps_what_is_there(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As exFAT and many network mounts, which nobody can mount here."""
+
+    def no_links(source: Path, _: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
+
+    monkeypatch.setattr(os, "link", no_links)
+    backup(store, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == [tmp_path / "b"]
+    assert verify_backup(tmp_path / "b")
+
+    def somebody_comes_first() -> None:
+        with backup_module._new_file(tmp_path / "late"):
+            (tmp_path / "late").write_text("precious")
+
+    with pytest.raises(FileExistsError):
+        somebody_comes_first()
+    assert (tmp_path / "late").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "late"}
 
 
 def test_a_full_disk_leaves_no_half_file(
