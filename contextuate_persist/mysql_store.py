@@ -1562,6 +1562,9 @@ SET_SEQUENCE = "ALTER TABLE {table} AUTO_INCREMENT = {next_seq}"
 
 CREATE_SCRATCH = "CREATE DATABASE {database} CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
 
+# What a program that was killed has stored is undone first, which takes as long as storing it did.
+FREE_SCRATCH = b"SET SESSION lock_wait_timeout = 86400"
+
 # --- Maintenance ----------------------------------------------------------------------------------
 
 # By name; each may be refused to an account, which is then said and no fault.
@@ -2355,6 +2358,7 @@ class MySQLStore(BaseStore):
             try:
                 yield MySQLStore(urlunsplit(urlsplit(self._url)._replace(path=f"/{quote(name)}")))
             finally:
+                connection.cmd_query(FREE_SCRATCH)
                 connection.cmd_query(DROP_DATABASE.format(database=_identifier(name)).encode())
         except (MySQLError, MySQLInterfaceError) as error:
             raise self._error(self._fault(error) or Fault.REFUSED, error) from error

@@ -1671,6 +1671,13 @@ ANALYZE = "ANALYZE {namespace}.{table}"
 
 CREATE_SCRATCH = "CREATE DATABASE {database} TEMPLATE template0 ENCODING 'UTF8'"
 
+# What a program that was killed has begun, as an index, goes on, and no database is dropped then.
+FREE_SCRATCH = """
+SELECT pg_terminate_backend(a.pid)
+FROM pg_stat_activity AS a
+WHERE a.datname = %(name)s AND a.usename = session_user AND a.backend_type = 'client backend'
+"""
+
 # --- Maintenance ----------------------------------------------------------------------------------
 
 # By name; each may be refused to an account, which is then said and no fault.
@@ -2680,6 +2687,7 @@ class PostgreSQLStore(BaseStore):
                 try:
                     yield PostgreSQLStore(make_conninfo(self._conninfo, dbname=name))
                 finally:
+                    connection.execute(FREE_SCRATCH, {"name": name})
                     connection.execute(sql.SQL(DROP_DATABASE).format(**names))
             except psycopg.Error as error:
                 raise self._error(self._fault(error) or Fault.REFUSED, error) from error

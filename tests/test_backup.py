@@ -994,3 +994,26 @@ def test_a_test_finds_what_the_files_own_sums_do_not(
     assert verify_backup(tmp_path / "wrong")
     with pytest.raises(DamagedFile, match="differs from the backup: session kid"):
         restore_test(tmp_path / "wrong", server.admin_url)
+
+
+def test_a_test_that_is_interrupted_leaves_no_database(server: servers.Server) -> None:
+    """What a killed program has begun goes on in the server, or is undone there, for a while."""
+    before = databases(server)
+    name = "contextuate_restore_left"
+    url = server.url("postgres" if server.kind == "postgresql" else "mysql")
+
+    def interrupted() -> None:
+        with make_store(url, lock_timeout=1).scratch(name):
+            connection = server._connect(name)
+            if server.kind == "postgresql":
+                connection.pgconn.send_query(b"SELECT pg_sleep(60)")
+            else:
+                connection.cmd_query("CREATE TABLE t (x INT)")
+                connection.cmd_query("START TRANSACTION")
+                connection.cmd_query("INSERT INTO t VALUES (1)")
+            threading.Timer(1.5, connection.close).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert databases(server) == before
