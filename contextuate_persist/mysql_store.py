@@ -1574,10 +1574,13 @@ SURVEY = {
         FROM performance_schema.global_status AS g
         WHERE g.variable_name = 'Threads_connected'
     """,
-    # Needs PROCESS.
+    # Needs PROCESS. InnoDB tells the time of the machine's zone, whatever the session's is.
     "transactions": """
         SELECT
-            CAST(x.trx_mysql_thread_id AS CHAR), TIMESTAMPDIFF(SECOND, x.trx_started, NOW()) AS age
+            CAST(x.trx_mysql_thread_id AS CHAR),
+            TIMESTAMPDIFF(
+                SECOND, x.trx_started, CONVERT_TZ(UTC_TIMESTAMP(), '+00:00', 'SYSTEM')
+            ) AS age
         FROM information_schema.innodb_trx AS x
         HAVING age > 300
         ORDER BY age DESC

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -210,6 +211,19 @@ def test_both_servers_answer_the_owner_about_everything(database: Database) -> N
     assert None not in answers.values()
     assert {row[0] for row in answers["sizes"] or ()} >= {"sessions", "events", "token_ledger"}
     assert any("idx_" in str(row[0]) for row in answers["indexes"] or ())
+
+
+@pytest.mark.only("mysql")
+def test_a_transaction_of_a_moment_is_not_long_where_the_machines_zone_is_not_utc(
+    backend: str,
+) -> None:
+    server = servers.mysql_server()
+    if server.external_url is not None:
+        pytest.skip("an external server: its zone is not ours to choose")
+    server.environment["TZ"] = "THERE5"
+    with server, contextlib.closing(server._connect("mysql")) as connection:
+        connection.cmd_query("START TRANSACTION WITH CONSISTENT SNAPSHOT")
+        assert make_store(server.url("mysql")).survey()["transactions"] == []
 
 
 # --- Backups and benchmarks -----------------------------------------------------------------------
