@@ -1521,7 +1521,12 @@ WANTED = {"server_encoding": ("UTF8",), "standard_conforming_strings": ("on",), 
 
 # --- Backup ---------------------------------------------------------------------------------------
 
-BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+# The lock comes first, and takes no snapshot: where partitions change, events move as new rows,
+# which a snapshot from before does not see, out of tables that do not belong to events any more.
+BEGIN_SNAPSHOT: tuple[LiteralString, ...] = (
+    "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+    "LOCK TABLE ONLY events IN ACCESS SHARE MODE",
+)
 
 EXPORT_SNAPSHOT = "SELECT pg_export_snapshot()"
 
@@ -2662,7 +2667,9 @@ class PostgreSQLStore(BaseStore):
             connection.execute(ALLOW_LONG_STATEMENTS)
             connection.patience = float("inf")
             try:
-                connection.execute(BEGIN_SNAPSHOT)
+                schema.require_version(_read_version(connection), self._place)
+                for statement in BEGIN_SNAPSHOT:
+                    connection.execute(statement)
                 yield PostgreSQLSnapshot(connection, self._place)
             except psycopg.Error as error:
                 raise self._error(self._fault(error) or Fault.REFUSED, error) from error
@@ -2699,7 +2706,7 @@ class PostgreSQLSnapshot:
     def __init__(self, connection: psycopg.Connection[Any], place: str) -> None:
         self._connection = connection
         self._place = place
-        # The first statement of the transaction, which takes the snapshot.
+        # The first statement of the transaction that takes a snapshot.
         self.name: str | None = connection.execute(EXPORT_SNAPSHOT).fetchall()[0][0]
 
     def contents(self) -> Contents:

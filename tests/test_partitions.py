@@ -589,6 +589,33 @@ def test_a_backup_of_partitions_is_restored_and_goes_on_as_before(
         assert told_of[check].level is Level.OK, str(told_of[check])
 
 
+@pytest.mark.only("postgresql")
+def test_a_backup_that_begins_while_partitions_are_added_has_the_events_that_move(
+    partitioned: Database,
+) -> None:
+    """What moves is a new row, which a snapshot from before that would not see."""
+    with make_store(partitioned.url) as store:
+        store.save_events([event("s", T0), event("s", T0 + 200 * DAY)])
+        found: list[int] = []
+
+        def look() -> None:
+            with store.snapshot() as snapshot:
+                found.append(snapshot.contents().events)
+
+        thread = threading.Thread(target=look)
+        with partitioned.owner()._partition_session(60) as session:
+            last = session.read_partitions()[-2].end
+            with session._connection.transaction():
+                session.add(partitions.periods("month", last, T0 + 200 * DAY))
+                thread.start()
+                until = time.monotonic() + 10
+                waiting = "SELECT 1 FROM pg_locks WHERE NOT granted"
+                while not partitioned.execute(waiting) and time.monotonic() < until:
+                    time.sleep(0.01)
+            thread.join()
+    assert found == [2]
+
+
 @pytest.mark.usefixtures("tools")
 def test_a_backup_of_partitions_is_not_restored_into_one_table(
     converted: Database, empty_database: Database, tmp_path: Path
