@@ -40,6 +40,7 @@ FILE_SESSIONS = 500
 _LEVEL = 6  # of compression
 
 _LOCK = ".lock"
+_NAME = "contextuate"  # how the names of its files begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +112,10 @@ def _sole_archiver(directory: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigurationError(f"{directory}: another process archives to it") from None
-        for left in directory.glob(f"*{transfer.PART}"):  # of one that was killed
-            left.unlink()
+        # Of one that was killed, and of nobody else: browsers and others use the same ending.
+        for left in directory.glob(f"{_NAME}-*.jsonl.gz*{transfer.PART}"):
+            if left.is_file():
+                left.unlink()
         yield directory
     finally:
         os.close(descriptor)
@@ -195,7 +198,7 @@ class _Work:
         suffix = ".jsonl.gz.age" if self._recipients else ".jsonl.gz"
         moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         for number in itertools.count(len(self.files) + 1):
-            path = self._directory / f"contextuate-{moment}-{number:04}{suffix}"
+            path = self._directory / f"{_NAME}-{moment}-{number:04}{suffix}"
             if not path.exists():
                 return path, path.with_name(path.name + transfer.PART)
         raise AssertionError("unreachable")  # pragma: no cover

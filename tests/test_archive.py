@@ -211,10 +211,21 @@ def test_archiving_stops_when_told_to_and_goes_on_later(
 
 
 def test_half_files_of_a_killed_archiving_are_removed(store: BaseStore, tmp_path: Path) -> None:
-    (tmp_path / "contextuate-20260101T000000Z-0001.jsonl.gz.part").write_text("half")
+    for suffix in (".jsonl.gz.part", ".jsonl.gz.age.part"):
+        (tmp_path / f"contextuate-20260101T000000Z-0001{suffix}").write_text("half")
     assert import_path(store, tmp_path).files == 0
     assert archive(store, tmp_path, POLICY).files == ()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_half_files_of_others_stay(store: BaseStore, tmp_path: Path) -> None:
+    names = {"film.mkv.part", "contextuate.part", "contextuate-notes.txt.part"}
+    for name in names:
+        (tmp_path / name).write_text("half")
+    (tmp_path / "contextuate-a.jsonl.gz.part").mkdir()
+    assert archive(store, tmp_path, POLICY).files == ()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*names, "contextuate-a.jsonl.gz.part", ".lock"}
 
 
 # --- What changes meanwhile -----------------------------------------------------------------------
