@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import importlib
+import io
 import logging
 import os
 import sys
@@ -236,7 +237,7 @@ def decrypted(source: IO[bytes], keys: Sequence[Any], name: str = "file") -> Ite
     into, out_of = _pipe()
     worker = _Worker(lambda: decrypt(source, out_of, keys, name), out_of)
     try:
-        yield _Checked(into, worker)  # type: ignore[misc]
+        yield io.BufferedReader(_Checked(into, worker))
     finally:
         into.close()
         worker.join()
@@ -319,16 +320,19 @@ class _Unless:
         return data
 
 
-class _Checked:
+class _Checked(io.RawIOBase):
     """A stream whose end counts only if the thread that fills it did not fail."""
 
-    def __init__(self, stream: IO[bytes], worker: _Worker) -> None:
+    def __init__(self, stream: Any, worker: _Worker) -> None:
         self._stream, self._worker = stream, worker
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        if size < 0 or len(data) < size:
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        size: int = self._stream.readinto1(buffer)
+        if not size:
             self._worker.join()
             if self._worker.error is not None:
                 raise self._worker.error
-        return data
+        return size

@@ -476,6 +476,23 @@ def test_lines_of_events_may_be_compressed_too(store: BaseStore, tmp_path: Path)
     assert store.get_events("s") == given
 
 
+def test_lines_may_be_encrypted_without_being_compressed(store: BaseStore, tmp_path: Path) -> None:
+    public = encryption.new_identity(tmp_path / "key")
+    given = [event("s", T0 + i, data={"long": "x" * 100_000}) for i in range(3)]
+    path = tmp_path / "events.jsonl.age"
+    with (
+        path.open("wb") as file,
+        encryption.encrypted(file, encryption.recipients([public])) as stream,
+    ):
+        stream.write("\n".join(json.dumps(one.to_wire()) for one in given).encode())
+    keys = encryption.identities(tmp_path / "key")
+    assert import_path(store, path, identities=keys).stored == 3
+    assert store.get_events("s") == given
+    path.write_bytes(path.read_bytes()[:-1])
+    (refusal,) = import_path(store, path, identities=keys).refused
+    assert "file: damaged or cut short" in refusal
+
+
 # --- Killed ---------------------------------------------------------------------------------------
 
 
