@@ -28,7 +28,7 @@ from contextuate_persist.errors import (
     InvalidRecord,
     SessionNotFound,
 )
-from contextuate_persist.model import MessageUsage, MonitorEvent, SessionMeta
+from contextuate_persist.model import MessageUsage, MonitorEvent, SessionMeta, shown
 from contextuate_persist.payload import MAX_PAYLOAD_BYTES
 from contextuate_persist.protocol import PersistenceStore
 
@@ -336,10 +336,11 @@ class _Importer:
             self._read += 1
             self._events.append((self._position, place, MonitorEvent.from_wire(record)))
         elif kind == SESSION:
-            session = SessionMeta.from_wire(record)
             self.flush()
-            self._archive.begin(session.session_id, line or b"")
+            self._archive.begin(line or b"")
+            session = SessionMeta.from_wire(record)
             self._restore(session)
+            self._archive.session_id = session.session_id
         elif kind == USAGE:
             self._archive.usages.append(MessageUsage.from_wire(record))
         elif kind == SESSION_END:
@@ -353,15 +354,19 @@ class _Importer:
     # --- Archives -----------------------------------------------------------------------------
 
     def _end_session(self, archive: _Archive, end: Mapping[str, Any]) -> None:
-        try:
-            self._store.save_usage(archive.session_id, archive.usages)
-        except SessionNotFound:  # it stays deleted
-            self._deleted += 1
+        session_id, usages = archive.session_id, archive.usages
+        # Where the next session's line is refused, its messages must not count to this one.
+        archive.session_id, archive.usages = "", []
+        if session_id and end.get("sessionId") == session_id:
+            try:
+                self._store.save_usage(session_id, usages)
+            except SessionNotFound:  # it stays deleted
+                self._deleted += 1
+        elif usages:
+            raise InvalidRecord(f"sessionId: {len(usages)} messages of a session that was refused")
         if end.get("sha256") != archive.checksum:
-            raise InvalidRecord(
-                f"sha256: the lines of session {archive.session_id!r} are not those that were "
-                "archived"
-            )
+            name = shown(end.get("sessionId"))
+            raise InvalidRecord(f"sha256: the lines of session {name} are not those archived")
 
     def _restore(self, session: SessionMeta) -> None:
         if self._store.get_session(session.session_id) is not None:
@@ -421,9 +426,9 @@ class _Archive:
         self.usages: list[MessageUsage] = []
         self._checksum = self._before = hashlib.sha256()
 
-    def begin(self, session_id: str, line: bytes) -> None:
-        """A session begins, with this line."""
-        self.session_id, self.usages = session_id, []
+    def begin(self, line: bytes) -> None:
+        """A session begins, with this line; which one, its fields tell if they are good."""
+        self.session_id, self.usages = "", []
         self._checksum = self._before = hashlib.sha256()
         self.count(line)
 

@@ -464,6 +464,31 @@ def test_a_damaged_archive_gives_what_can_be_read_and_says_so(
     assert "a newer contextuate-persist" in import_path(store, unpacked).refused[0]
 
 
+@pytest.mark.parametrize(
+    "damage", [(b'"kind":"session"', b'"kind":"session'), (b'"completed"', b'"of tomorrow"')]
+)
+def test_the_messages_of_a_session_that_is_refused_are_counted_to_no_other(
+    store: BaseStore, tmp_path: Path, damage: tuple[bytes, bytes]
+) -> None:
+    for name in ("first", "second", "third"):
+        store.save_session(session(name, **OLD))
+        store.update_session(name, end_time=T0 + len(name) + ord(name[0]) * 10)
+        store.save_usage(name, [usage(f"of {name}")])
+    before = content(store)
+    (path,) = archive(store, tmp_path, POLICY).files
+    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    assert b'"second"' in lines[4]
+    lines[4] = lines[4].replace(*damage)
+    unpacked = tmp_path / "unpacked.jsonl"
+    unpacked.write_bytes(b"".join(lines))
+    report = import_path(store, unpacked, undelete=True)
+    assert [line.split(": ")[0] for line in report.refused] == [f"{unpacked}:5", f"{unpacked}:7"]
+    assert "1 messages of a session that was refused" in report.refused[1]
+    assert content(store) == {name: before[name] for name in ("first", "third")}
+    assert import_path(store, path, undelete=True).refused == ()
+    assert content(store) == before
+
+
 def test_lines_of_events_may_be_compressed_too(store: BaseStore, tmp_path: Path) -> None:
     given = [event("s", T0 + i) for i in range(3)]
     lines = [json.dumps(one.to_wire()) for one in given]
