@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -369,11 +369,14 @@ class _Importer:
             raise InvalidRecord(f"sha256: the lines of session {name} are not those archived")
 
     def _restore(self, session: SessionMeta) -> None:
-        if self._store.get_session(session.session_id) is not None:
+        there = self._store.get_session(session.session_id)
+        if there is None:
+            if not self._store.save_session(session, undelete=self._undelete):
+                return
+            self._sessions += 1
+        elif there != replace(session, end_time=None, child_session_ids=there.child_session_ids):
             return
-        if not self._store.save_session(session, undelete=self._undelete):
-            return
-        self._sessions += 1
+        # Else it is new, or as an import left it that was killed here.
         if session.end_time is not None and session.status == "active":
             # A save takes that for a session that goes on.
             self._store.update_session(session.session_id, end_time=session.end_time)

@@ -518,6 +518,38 @@ def test_lines_may_be_encrypted_without_being_compressed(store: BaseStore, tmp_p
     assert "file: damaged or cut short" in refusal
 
 
+def test_an_import_that_was_killed_within_a_session_is_completed_by_the_next(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_sessions([session("root", label="root"), session("s", parent_session_id="root")])
+    for name in ("root", "s"):
+        store.update_session(name, end_time=T0 + 5)
+    before = content(store)
+    (path,) = archive(store, tmp_path, POLICY).files
+
+    class KilledError(BaseException):
+        pass
+
+    update = store.update_session
+    for name in ("root", "s"):
+
+        def kill(session_id: str, **fields: Any) -> None:
+            if session_id == name:  # noqa: B023
+                raise KilledError
+            update(session_id, **fields)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "update_session", kill)
+            with pytest.raises(KilledError):
+                import_path(store, path, undelete=True)
+    import_path(store, path, undelete=True)
+    assert content(store) == before
+    store.update_session("s", label="goes on", end_time=None)
+    before = content(store)
+    import_path(store, path, undelete=True)
+    assert content(store) == before
+
+
 # --- Killed ---------------------------------------------------------------------------------------
 
 
