@@ -247,8 +247,11 @@ def drop_partitions(store: BaseStore, policy: RetentionPolicy, *, empty: bool = 
     if policy.max_age_days is None or store.health().schema_layout != "partitioned":
         return nothing
     days = max(policy.max_age_days, policy.spared_days)
+    older_than = time.time_ns() // 1_000_000 - round(days * DAY)
+    if older_than < model.MIN_TIMESTAMP:
+        return nothing
     try:
-        return store.drop_partitions(time.time_ns() // 1_000_000 - round(days * DAY), empty=empty)
+        return store.drop_partitions(older_than, empty=empty)
     except StoreRefused as error:
         log.info("partitions are not dropped: %s", error)
         return nothing

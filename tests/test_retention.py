@@ -35,7 +35,7 @@ __all__ = ["run"]
 
 DAY = 86_400_000
 OLD = {"end_time": T0, "status": "completed"}
-BOTH_LAYOUTS = "by_age|meanwhile_is_spared|steps_are_small|writers"
+BOTH_LAYOUTS = "by_age|before_all_times|meanwhile_is_spared|steps_are_small|writers"
 NOW = time.time_ns() // 1_000_000
 
 
@@ -146,6 +146,13 @@ def test_what_still_runs_stays_whatever_the_limit(store: BaseStore) -> None:
     policy = RetentionPolicy(max_age_days=0.25, spared_days=0)
     assert prune(store, policy).sessions == 1
     assert names(store) == {"runs"}
+
+
+def test_a_limit_before_all_times_takes_nothing(store: BaseStore) -> None:
+    store.save_sessions([ended("a", 100), ended("b", 50)])
+    policy = RetentionPolicy(max_age_days=100_000, max_sessions=1)
+    assert prune(store, policy).sessions == 1
+    assert names(store) == {"b"}
 
 
 def test_limits_hold_together(store: BaseStore) -> None:
