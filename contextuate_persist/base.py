@@ -51,6 +51,7 @@ from contextuate_persist.model import (
 )
 from contextuate_persist.records import (
     CheckedEvent,
+    Due,
     EventRow,
     Seed,
     SessionState,
@@ -813,14 +814,14 @@ class BaseStore(ABC):
 
     def prune_old_sessions(self, older_than: int) -> int:
         model.check_timestamp("older_than", older_than)
-        due = dict(self._run(lambda connection: self._select_prunable(connection, older_than)))
+        due = Due(older_than)
         pruned = 0
         batch: list[str] = []
-        found = trees.groups(due)
+        found = trees.groups(dict(self._run(partial(self._select_prunable, due=due))))
         for position, tree in enumerate(found):
             batch += tree
             if len(batch) >= _DELETE_SESSIONS or position == len(found) - 1:
-                prune = partial(self._delete_prunable, ids=sorted(batch), older_than=older_than)
+                prune = partial(self._delete_prunable, ids=sorted(batch), due=due)
                 pruned += self._run(prune, transaction=True)
                 batch = []
         self.forget_old_deletions()
@@ -1208,20 +1209,26 @@ class BaseStore(ABC):
             return partitions.extend(session, _ahead(ahead))
 
     def drop_partitions(
-        self, older_than: int, *, empty: bool = False, timeout: float = 60.0
+        self,
+        older_than: int,
+        *,
+        quiet_since: int | None = None,
+        empty: bool = False,
+        timeout: float = 60.0,
     ) -> Dropped:
         """Drop every partition that ends before, if all of its sessions are due.
 
         What is due says `prune_old_sessions(older_than)`, which is for the sessions that are left:
         pinned ones, and those that reach beyond, keep their partition. Sessions are deleted whole,
         with the events they have elsewhere; if one gets a pin or an event meanwhile, it keeps its
-        events. Writers wait only while a partition is taken out. With `empty` only partitions go
-        that have no events at all, and no session. Raises ConfigurationError if events is not
+        events. With `quiet_since`, which is no earlier, sessions with an event since then are kept,
+        too. Writers wait only while a partition is taken out. With `empty` only partitions go that
+        have no events at all, and no session. Raises ConfigurationError if events is not
         partitioned.
         """
         model.check_timestamp("older_than", older_than)
         with self._partition_session(timeout) as session:
-            return partitions.drop(session, older_than, empty=empty)
+            return partitions.drop(session, Due(older_than, quiet_since), empty=empty)
 
     def discard_unpartitioned(self, timeout: float = 60.0) -> bool:
         """Drop the table that `partition_events` left aside; False if there is none.
@@ -1570,11 +1577,11 @@ class BaseStore(ABC):
         """Every session's id, references included."""
 
     @abstractmethod
-    def _select_prunable(self, connection: Any, older_than: int) -> list[Any]:
+    def _select_prunable(self, connection: Any, due: Due) -> list[Any]:
         """Pairs of id and effective parent, of whole trees that are due."""
 
     @abstractmethod
-    def _delete_prunable(self, connection: Any, ids: list[str], older_than: int) -> int:
+    def _delete_prunable(self, connection: Any, ids: list[str], due: Due) -> int:
         """Lock the sessions, delete the trees among them that are still due."""
 
     @abstractmethod

@@ -36,7 +36,7 @@ from contextuate_persist.errors import (
 )
 from contextuate_persist.model import Cursor, Health, MessageUsage
 from contextuate_persist.partitions import Partition, Span
-from contextuate_persist.records import EventRow, Seed
+from contextuate_persist.records import Due, EventRow, Seed
 
 try:
     # commit() and parameter conversion of the C extension raise this, which is no MySQLError.
@@ -645,16 +645,24 @@ SELECT s.session_id
 FROM sessions AS s
 """
 
+# MAX() would read all events of the session: MySQL finds the last one alone only as the last row of
+# an index, all of which is named.
+LAST_EVENT = """(
+            SELECT e.timestamp
+            FROM events AS e
+            WHERE e.session_id = s.session_id
+            ORDER BY e.session_id DESC, e.timestamp DESC, e.seq DESC
+            LIMIT 1
+        )"""
+
 # A session that is not due keeps everything that hangs together with it, step by step.
-SELECT_PRUNABLE = """
+SELECT_PRUNABLE = f"""
 WITH RECURSIVE state AS (
     SELECT
         s.session_id,
-        NOT s.is_pinned AND COALESCE(
-            s.end_time,
-            (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
-            s.start_time
-        ) < %(older_than)s AS due
+        NOT s.is_pinned
+        AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
+        AND COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE) AS due
     FROM sessions AS s
 ),
 links (session_id, neighbour_id) AS (
@@ -673,16 +681,13 @@ WHERE NOT EXISTS (SELECT 1 FROM kept AS k WHERE k.session_id = s.session_id)
 """
 
 # The same for locked sessions: what came in between, a pin, an event or a child, keeps its tree.
-RECHECK_PRUNABLE = """
+RECHECK_PRUNABLE = f"""
 SELECT
     s.session_id,
     s.effective_parent_id,
     NOT s.is_pinned
-    AND COALESCE(
-        s.end_time,
-        (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
-        s.start_time
-    ) < %(older_than)s
+    AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
+    AND COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
     AND NOT EXISTS (
         SELECT 1 FROM sessions AS child
         WHERE child.effective_parent_id = s.session_id
@@ -868,16 +873,14 @@ WHERE session_id IN (%(session_ids)s) AND known_from = 'reference'
 # --- Retention ------------------------------------------------------------------------------------
 
 # What retention goes by: of every session, or of those that are locked.
-SELECT_STATES = """
+SELECT_STATES = f"""
 SELECT
     s.session_id,
     s.effective_parent_id,
     s.is_pinned,
-    COALESCE(
-        s.end_time,
-        (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
-        s.start_time
-    ) AS last_active,
+    s.start_time,
+    s.end_time,
+    {LAST_EVENT},
     s.known_from <> 'reference' AS is_shown
 FROM sessions AS s
 """
@@ -2050,14 +2053,14 @@ class MySQLStore(BaseStore):
     def _select_session_ids(self, connection: Any) -> list[str]:
         return [row[0] for row in _execute(connection, SELECT_SESSION_IDS)]
 
-    def _select_prunable(self, connection: Any, older_than: int) -> list[Any]:
-        return _execute(connection, SELECT_PRUNABLE, {"older_than": older_than})
+    def _select_prunable(self, connection: Any, due: Due) -> list[Any]:
+        return _execute(connection, SELECT_PRUNABLE, due._asdict())
 
-    def _delete_prunable(self, connection: Any, ids: list[str], older_than: int) -> int:
+    def _delete_prunable(self, connection: Any, ids: list[str], due: Due) -> int:
         _send(connection, LOCK_SESSIONS, {"session_ids": ids})
-        parameters = {"session_ids": records.json_list(ids), "older_than": older_than}
-        due = trees.whole_trees(_execute(connection, RECHECK_PRUNABLE, parameters))
-        return self._delete_locked(connection, due) if due else 0
+        parameters = {"session_ids": records.json_list(ids), **due._asdict()}
+        whole = trees.whole_trees(_execute(connection, RECHECK_PRUNABLE, parameters))
+        return self._delete_locked(connection, whole) if whole else 0
 
     def _forget_deletions(self, connection: Any, age: int) -> None:
         _execute_write(connection, FORGET_DELETIONS, {"age": age})
@@ -2593,8 +2596,8 @@ class MySQLPartitions:
         query = SELECT_SESSIONS_OF.format(table=table)
         return [row[0] for row in _execute(self._connection, query)]
 
-    def prunable(self, older_than: int) -> dict[str, str | None]:
-        return dict(self._store._select_prunable(self._connection, older_than))  # noqa: SLF001
+    def prunable(self, due: Due) -> dict[str, str | None]:
+        return dict(self._store._select_prunable(self._connection, due))  # noqa: SLF001
 
     def has_retired(self) -> bool:
         return self._has("events_retired")
@@ -2621,11 +2624,11 @@ class MySQLPartitions:
     def free_retired(self) -> None:
         """Nothing to do: partitions have no foreign keys."""
 
-    def settle(self, ids: Sequence[str], older_than: int) -> int:
+    def settle(self, ids: Sequence[str], due: Due) -> int:
         given = list(ids)
         with self._transaction():
             store = self._store
-            deleted = store._delete_prunable(self._connection, given, older_than)  # noqa: SLF001
+            deleted = store._delete_prunable(self._connection, given, due)  # noqa: SLF001
             _send(self._connection, GIVE_BACK, {"session_ids": given})
             _send(self._connection, DELETE_GIVEN_BACK, {"session_ids": given})
         return deleted

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from contextuate_persist import trees
 from contextuate_persist.errors import ConfigurationError, SchemaError
+from contextuate_persist.records import Due
 
 T = TypeVar("T")
 #: What single events must not be changed or deleted during: tables beside would still have them.
@@ -38,6 +39,7 @@ _CHUNK_ROWS = 2000
 # What is left for the last step, while writers wait: a few hundredths of a second.
 _FEW_ROWS = 500
 _MOST_ROUNDS = 50
+_NONE = Due(0)  # nothing is older
 _PATIENCE_SECONDS = 300.0
 _BATCH_SESSIONS = 200
 _BATCH_IDS = 5000
@@ -161,8 +163,8 @@ class PartitionSession(Protocol):
         """The sessions that have events in a partition; None: in the one that was taken out."""
         ...
 
-    def prunable(self, older_than: int) -> dict[str, str | None]:
-        """What `prune_old_sessions` would delete, by id, with the parents."""
+    def prunable(self, due: Due) -> dict[str, str | None]:
+        """What `prune_old_sessions` deletes, if quiet for long enough, by id, with the parents."""
         ...
 
     def has_retired(self) -> bool: ...
@@ -178,7 +180,7 @@ class PartitionSession(Protocol):
         """Have its events stay when their sessions are deleted: they go with their table."""
         ...
 
-    def settle(self, ids: Sequence[str], older_than: int) -> int:
+    def settle(self, ids: Sequence[str], due: Due) -> int:
         """Delete the sessions that are due; to those that are not give their events back."""
         ...
 
@@ -422,20 +424,20 @@ def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     return [one.name for one in session.read_partitions() if one.name not in before]
 
 
-def drop(session: PartitionSession, older_than: int, *, empty: bool) -> Dropped:
+def drop(session: PartitionSession, due: Due, *, empty: bool) -> Dropped:
     """Drop what is over and due; see drop_partitions."""
     require(session)
     sessions = 0
     dropped: list[str] = []
     kept: dict[str, int] = {}
-    due_before = 0 if empty else older_than  # nothing is older than 0
+    bounds = _NONE if empty else due
     # Of a run that was killed.
     _patiently(session, session.tidy)
     if session.has_retired():
-        sessions += _finish(session, due_before)
+        sessions += _finish(session, bounds)
     # Tombstones are dated now: they could not hold what is in the future away.
-    limit = min(older_than, _now())
-    due = session.prunable(due_before)
+    limit = min(due.older_than, _now())
+    prunable = session.prunable(bounds)
     partitions = session.read_partitions()
     *_, newest, _ = partitions
     for partition in partitions:
@@ -446,16 +448,16 @@ def drop(session: PartitionSession, older_than: int, *, empty: bool) -> Dropped:
         ids = session.sessions_of(partition.name)
         if not ids and session.is_needed(partition):
             continue
-        if others := sum(session_id not in due for session_id in ids):
+        if others := sum(session_id not in prunable for session_id in ids):
             kept[partition.name] = others
             continue
         _patiently(session, partial(session.retire, partition))
-        sessions += _finish(session, due_before)
+        sessions += _finish(session, bounds)
         dropped.append(partition.name)
     return Dropped(tuple(dropped), kept, sessions, session.longest_wait * 1000)
 
 
-def _finish(session: PartitionSession, older_than: int) -> int:
+def _finish(session: PartitionSession, due: Due) -> int:
     """Delete the sessions of the events that were taken out, then these; how many sessions.
 
     A session that is not due any more, for it was pinned or has gone on meanwhile, gets its events
@@ -465,20 +467,19 @@ def _finish(session: PartitionSession, older_than: int) -> int:
     _patiently(session, session.tidy)
     deleted = 0
     inside = set(session.sessions_of(None))
-    due = session.prunable(older_than)
     batch: list[str] = []
-    for tree in trees.groups(due):
+    for tree in trees.groups(session.prunable(due)):
         if not inside.isdisjoint(tree):
             batch += tree
             inside.difference_update(tree)
         if len(batch) >= _BATCH_SESSIONS:
-            deleted += _settle(session, batch, older_than)
+            deleted += _settle(session, batch, due)
             batch = []
-    deleted += _settle(session, batch, older_than)
+    deleted += _settle(session, batch, due)
     others = sorted(inside)
     for start in range(0, len(others), _BATCH_SESSIONS):
-        # Nothing is older than that: they only get their events back.
-        _settle(session, others[start : start + _BATCH_SESSIONS], 0)
+        # They only get their events back.
+        _settle(session, others[start : start + _BATCH_SESSIONS], _NONE)
     place: Any = None
     while (
         place := _patiently(session, partial(session.forget_ids, place, _BATCH_IDS))
@@ -488,8 +489,8 @@ def _finish(session: PartitionSession, older_than: int) -> int:
     return deleted
 
 
-def _settle(session: PartitionSession, ids: list[str], older_than: int) -> int:
-    return _patiently(session, partial(session.settle, sorted(ids), older_than)) if ids else 0
+def _settle(session: PartitionSession, ids: list[str], due: Due) -> int:
+    return _patiently(session, partial(session.settle, sorted(ids), due)) if ids else 0
 
 
 def discard(session: PartitionSession) -> bool:

@@ -47,7 +47,7 @@ from contextuate_persist.errors import (
 )
 from contextuate_persist.model import Cursor, Health, MessageUsage
 from contextuate_persist.partitions import OLDER, REST, Partition, Span
-from contextuate_persist.records import EventRow, Seed
+from contextuate_persist.records import Due, EventRow, Seed
 
 if TYPE_CHECKING:
     from typing_extensions import LiteralString
@@ -623,16 +623,23 @@ SELECT s.session_id
 FROM sessions AS s
 """
 
+# Written as for MySQL, which for max() would read all events of the session.
+LAST_EVENT = """(
+            SELECT e.timestamp
+            FROM events AS e
+            WHERE e.session_id = s.session_id
+            ORDER BY e.session_id DESC, e.timestamp DESC, e.seq DESC
+            LIMIT 1
+        )"""
+
 # A session that is not due keeps everything that hangs together with it, step by step.
-SELECT_PRUNABLE = """
+SELECT_PRUNABLE = f"""
 WITH RECURSIVE state AS (
     SELECT
         s.session_id,
-        NOT s.is_pinned AND COALESCE(
-            s.end_time,
-            (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
-            s.start_time
-        ) < %(older_than)s AS due
+        NOT s.is_pinned
+        AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
+        AND COALESCE({LAST_EVENT} < %(quiet_since)s::bigint, TRUE) AS due
     FROM sessions AS s
 ),
 links (session_id, neighbour_id) AS (
@@ -651,16 +658,13 @@ WHERE NOT EXISTS (SELECT FROM kept AS k WHERE k.session_id = s.session_id)
 """
 
 # The same for locked sessions: what came in between, a pin, an event or a child, keeps its tree.
-RECHECK_PRUNABLE = """
+RECHECK_PRUNABLE = f"""
 SELECT
     s.session_id,
     s.effective_parent_id,
     NOT s.is_pinned
-    AND COALESCE(
-        s.end_time,
-        (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
-        s.start_time
-    ) < %(older_than)s
+    AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
+    AND COALESCE({LAST_EVENT} < %(quiet_since)s::bigint, TRUE)
     AND NOT EXISTS (
         SELECT FROM sessions AS child
         WHERE child.effective_parent_id = s.session_id
@@ -837,16 +841,14 @@ WHERE session_id = ANY(%(session_ids)s::text[]) AND known_from = 'reference'
 # --- Retention ------------------------------------------------------------------------------------
 
 # What retention goes by: of every session, or of those that are locked.
-SELECT_STATES = """
+SELECT_STATES = f"""
 SELECT
     s.session_id,
     s.effective_parent_id,
     s.is_pinned,
-    COALESCE(
-        s.end_time,
-        (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
-        s.start_time
-    ) AS last_active,
+    s.start_time,
+    s.end_time,
+    {LAST_EVENT},
     s.known_from <> 'reference' AS is_shown
 FROM sessions AS s
 """
@@ -2375,17 +2377,17 @@ class PostgreSQLStore(BaseStore):
     def _select_session_ids(self, connection: psycopg.Connection[Any]) -> list[str]:
         return [row[0] for row in connection.execute(SELECT_SESSION_IDS)]
 
-    def _select_prunable(self, connection: psycopg.Connection[Any], older_than: int) -> list[Any]:
-        return connection.execute(SELECT_PRUNABLE, {"older_than": older_than}).fetchall()
+    def _select_prunable(self, connection: psycopg.Connection[Any], due: Due) -> list[Any]:
+        return connection.execute(SELECT_PRUNABLE, due._asdict()).fetchall()
 
     def _delete_prunable(
-        self, connection: psycopg.Connection[Any], ids: list[str], older_than: int
+        self, connection: psycopg.Connection[Any], ids: list[str], due: Due
     ) -> int:
         self._lock_sessions(connection, ids)
-        parameters = {"session_ids": ids, "older_than": older_than}
+        parameters = {"session_ids": ids, **due._asdict()}
         rows = connection.execute(RECHECK_PRUNABLE, parameters).fetchall()
-        due = trees.whole_trees(rows)
-        return self._delete_locked(connection, due) if due else 0
+        whole = trees.whole_trees(rows)
+        return self._delete_locked(connection, whole) if whole else 0
 
     def _forget_deletions(self, connection: psycopg.Connection[Any], age: int) -> None:
         connection.execute(FORGET_DELETIONS, {"age": age})
@@ -2937,8 +2939,8 @@ class PostgreSQLPartitions:
         query = sql.SQL(SELECT_SESSIONS_OF).format(table=table)
         return [row[0] for row in self._connection.execute(query)]
 
-    def prunable(self, older_than: int) -> dict[str, str | None]:
-        return dict(self._store._select_prunable(self._connection, older_than))  # noqa: SLF001
+    def prunable(self, due: Due) -> dict[str, str | None]:
+        return dict(self._store._select_prunable(self._connection, due))  # noqa: SLF001
 
     def has_retired(self) -> bool:
         return self._has("events_retired")
@@ -2970,11 +2972,11 @@ class PostgreSQLPartitions:
                 self._execute(FREE_RETIRED, constraint=sql.Identifier(key))
                 self._connection.execute(UNGUARD_RETIRED)
 
-    def settle(self, ids: Sequence[str], older_than: int) -> int:
+    def settle(self, ids: Sequence[str], due: Due) -> int:
         given = list(ids)
         with self._connection.transaction():
             store = self._store
-            deleted = store._delete_prunable(self._connection, given, older_than)  # noqa: SLF001
+            deleted = store._delete_prunable(self._connection, given, due)  # noqa: SLF001
             self._connection.execute(GIVE_BACK, {"session_ids": given})
         return deleted
 

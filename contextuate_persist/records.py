@@ -377,7 +377,15 @@ class SessionState(NamedTuple):
     parent_id: str | None  # the effective one, stored or not
     is_pinned: bool
     last_active: int  # its end, else its last event, else its start
+    last_event: int | None  # also one that came after its end
     is_shown: bool  # no mere reference
+
+
+class Due(NamedTuple):
+    """What keeps a session from being pruned: a time of it that is at a bound, or after."""
+
+    older_than: int  # of what `prune_old_sessions` goes by
+    quiet_since: int | None = None  # of any event
 
 
 class Weight(NamedTuple):
@@ -389,7 +397,11 @@ class Weight(NamedTuple):
 
 def state_from_row(row: Sequence[Any]) -> SessionState:
     """The state in a row of its fields."""
-    return SessionState(row[0], row[1], bool(row[2]), row[3], bool(row[4]))
+    session_id, parent_id, is_pinned, start, end, last_event, is_shown = row
+    last_active = next(time for time in (end, last_event, start) if time is not None)
+    return SessionState(
+        session_id, parent_id, bool(is_pinned), last_active, last_event, bool(is_shown)
+    )
 
 
 def usage_from_row(row: Sequence[Any]) -> MessageUsage:

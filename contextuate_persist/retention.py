@@ -55,7 +55,8 @@ class RetentionPolicy:
     `max_bytes`, the trees that were active longest ago go until the rest fits; pinned sessions
     count, and those that are merely referred to do not. Bytes are those of
     `BaseStore.weigh_sessions`: what the events of sessions take, not what files have on a disk.
-    What was active within `spared_days` stays in any case, so that no limit takes what still runs.
+    What was active, or got an event, within `spared_days` stays in any case, so that no limit takes
+    what still runs. Active is a session until its end, without one until its last event.
     """
 
     max_age_days: float | None = DEFAULT_DAYS
@@ -110,7 +111,7 @@ def plan(store: BaseStore, policy: RetentionPolicy, *, now: int | None = None) -
     forest = [tuple(states[one] for one in tree) for tree in trees.linked_groups(links)]
     forest.sort(key=_last_active)
     spared = now - policy.spared_days * DAY
-    free = [tree for tree in forest if _last_active(tree) < spared and not _pinned(tree)]
+    free = [tree for tree in forest if _last_seen(tree) < spared and not _pinned(tree)]
     count = 0
     if policy.max_age_days is not None:
         oldest = now - policy.max_age_days * DAY
@@ -127,6 +128,10 @@ def plan(store: BaseStore, policy: RetentionPolicy, *, now: int | None = None) -
 
 def _last_active(tree: Tree) -> int:
     return max(state.last_active for state in tree)
+
+
+def _last_seen(tree: Tree) -> int:
+    return max(max(state.last_active, state.last_event or 0) for state in tree)
 
 
 def _pinned(tree: Tree) -> bool:
@@ -193,8 +198,9 @@ def prune(
     """Delete what is due, in transactions of some thousand events; or with `dry_run` nothing.
 
     After each transaction it rests `rest` times as long as that took, so that writers come through.
-    May be killed, or told to `stop`, at any moment: what is left, the next pruning does. A tree
-    of which anything changes after it was found due is spared. Raises what the store's calls raise.
+    May be killed, or told to `stop`, at any moment: what is left, the next pruning does. A tree is
+    spared in which a session, after it was found due, is pinned, gets another end, a later event,
+    another parent or a child, or is deleted. Raises what the store's calls raise.
     """
     dropped = 0 if dry_run else drop_partitions(store, policy).sessions
     found = plan(store, policy)
@@ -246,12 +252,13 @@ def drop_partitions(store: BaseStore, policy: RetentionPolicy, *, empty: bool = 
     nothing = Dropped((), {}, 0, 0.0)
     if policy.max_age_days is None or store.health().schema_layout != "partitioned":
         return nothing
-    days = max(policy.max_age_days, policy.spared_days)
-    older_than = time.time_ns() // 1_000_000 - round(days * DAY)
+    now = time.time_ns() // 1_000_000
+    quiet_since = now - round(policy.spared_days * DAY)
+    older_than = min(now - round(policy.max_age_days * DAY), quiet_since)
     if older_than < model.MIN_TIMESTAMP:
         return nothing
     try:
-        return store.drop_partitions(older_than, empty=empty)
+        return store.drop_partitions(older_than, quiet_since=quiet_since, empty=empty)
     except StoreRefused as error:
         log.info("partitions are not dropped: %s", error)
         return nothing

@@ -821,6 +821,24 @@ def test_pruning_as_the_owner_drops_whole_partitions_and_else_deletes_row_by_row
     check_whole(partitioned)
 
 
+def test_pruning_drops_no_partition_of_a_session_that_got_events_since_its_end(
+    partitioned: Database,
+) -> None:
+    now = time.time_ns() // 1_000_000
+    policy = RetentionPolicy(max_age_days=(now - month(32)) / DAY)
+    with make_store(partitioned.url) as store, partitioned.owner() as owner:
+        store.save_sessions([ended("a", 5), ended("goes on", 5)])
+        store.save_events([event(name, month(6)) for name in ("a", "goes on")])
+        store.save_event(event("goes on", now))
+        before = names_of(partitioned)
+        assert prune(owner, policy).sessions == 1
+        assert [one.session_id for one in store.get_sessions()] == ["goes on"]
+        assert len(store.get_events("goes on")) == 2
+        assert names_of(partitioned) == before
+        assert prune(owner, RetentionPolicy(max_age_days=36_500)).sessions == 0
+    check_whole(partitioned)
+
+
 def test_where_an_archive_is_kept_only_empty_partitions_are_dropped(
     partitioned: Database, tmp_path: Path
 ) -> None:

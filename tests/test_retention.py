@@ -35,7 +35,7 @@ __all__ = ["run"]
 
 DAY = 86_400_000
 OLD = {"end_time": T0, "status": "completed"}
-BOTH_LAYOUTS = "by_age|before_all_times|meanwhile_is_spared|steps_are_small|writers"
+BOTH_LAYOUTS = "by_age|since_its_end|before_all_times|meanwhile_is_spared|steps_are_small|writers"
 NOW = time.time_ns() // 1_000_000
 
 
@@ -148,6 +148,21 @@ def test_what_still_runs_stays_whatever_the_limit(store: BaseStore) -> None:
     assert names(store) == {"runs"}
 
 
+def test_what_got_an_event_since_its_end_stays_as_long(store: BaseStore) -> None:
+    store.save_sessions([ended("goes on", 100), ended("child", 100, parent_session_id="goes on"),
+                         ended("over", 100), ended("over for two days", 100)])  # fmt: skip
+    store.save_events(
+        [
+            event("over", NOW - 100 * DAY),
+            event("over for two days", NOW - 2 * DAY),
+            event("goes on", NOW - 1000),
+        ]
+    )
+    assert prune(store, RetentionPolicy(max_age_days=0, max_sessions=0)).sessions == 2
+    assert names(store) == {"goes on", "child"}
+    assert prune(store, RetentionPolicy(spared_days=0)).sessions == 2
+
+
 def test_a_limit_before_all_times_takes_nothing(store: BaseStore) -> None:
     store.save_sessions([ended("a", 100), ended("b", 50)])
     policy = RetentionPolicy(max_age_days=100_000, max_sessions=1)
@@ -209,12 +224,21 @@ def test_references_go_with_their_tree_and_do_not_count(
     [
         lambda store: store.update_session("kept child", is_pinned=True),
         lambda store: store.save_event(event("kept runner", T0 + 1)),
+        lambda store: store.save_event(event("kept", T0 + 1)),
         lambda store: store.save_session(session("new", parent_session_id="kept child")),
         lambda store: store.save_session(session("new", manual_parent_session_id="kept")),
         lambda store: store.save_session(session("absent", is_pinned=True)),
         lambda store: store.delete_session("kept child"),
     ],
-    ids=["pinned", "went on", "has a child", "was made a parent", "has a parent now", "lost one"],
+    ids=[
+        "pinned",
+        "went on",
+        "went on after its end",
+        "has a child",
+        "was made a parent",
+        "has a parent now",
+        "lost one",
+    ],
 )
 def test_the_tree_of_what_changed_meanwhile_is_spared(
     store: BaseStore, monkeypatch: pytest.MonkeyPatch, change: Callable[[BaseStore], object]

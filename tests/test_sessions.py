@@ -20,6 +20,7 @@ from contextuate_persist import (
     TokenUsage,
 )
 from contextuate_persist.base import BaseStore
+from contextuate_persist.records import Due
 from tests.builders import T0, event, session
 from tests.conftest import Database
 
@@ -820,7 +821,7 @@ def test_deleting_all_leaves_nothing_and_counts_sessions(store: BaseStore) -> No
 
 def due(store: BaseStore, older_than: int) -> set[str]:
     """What a pruning begins with; locked, it is checked once more."""
-    rows = store._run(lambda connection: store._select_prunable(connection, older_than))
+    rows = store._run(lambda connection: store._select_prunable(connection, Due(older_than)))
     return {session_id for session_id, _ in rows}
 
 
@@ -922,8 +923,8 @@ def test_pruning_spares_the_tree_of_what_changed_while_it_ran(
         store.save_event(event(f"{name} runner", T0))
     select = store._select_prunable
 
-    def then_change(connection: Any, older_than: int) -> list[Any]:
-        rows = list(select(connection, older_than))
+    def then_change(connection: Any, due: Due) -> list[Any]:
+        rows = list(select(connection, due))
         change(store)
         return rows
 
