@@ -1257,6 +1257,10 @@ class BaseStore(ABC):
         found = map(records.session_from_row, self._run(select) if ids else [])
         return {session.session_id: session for session in found}
 
+    def owners_of(self, message_ids: Sequence[str]) -> list[str]:
+        """The sessions to which the token ledger counts some messages."""
+        return self._run(partial(self._select_owners, ids=list(message_ids)))
+
     def events_of(self, counts: Mapping[str, int]) -> Iterator[MonitorEvent]:
         """The events of some sessions, each session's together and as `iter_events` gives them.
 

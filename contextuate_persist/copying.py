@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import ge
 from typing import Any
 
 from contextuate_persist import records
@@ -19,7 +20,7 @@ from contextuate_persist.errors import (
     InvalidRecord,
     SessionNotFound,
 )
-from contextuate_persist.model import SESSION_CHECKS, SessionMeta
+from contextuate_persist.model import SESSION_CHECKS, MessageUsage, SessionMeta
 from contextuate_persist.records import EventRow, Tally
 
 #: Called with the events done and the events in all.
@@ -30,6 +31,7 @@ PROBLEMS_SHOWN = 1000
 
 _SESSIONS = 200  # in one step
 _BATCH_BYTES = 4 * 2**20
+_ROUNDS = 10  # of what changes while it is written
 _REASON = 300  # characters
 
 
@@ -90,6 +92,7 @@ class _Copier:
         self._done = self._saved = self._stored = self._counted = self._kept = 0
         self._problems: list[str] = []
         self._problem_count = 0
+        self._written: set[str] = set()
         self._rows: list[EventRow] = []
         self._size = 0
 
@@ -115,12 +118,13 @@ class _Copier:
             sessions = self._copy_sessions(ids)
             for session_id in ids:
                 self._copy_messages(session_id)
-            self._settle(ids, sessions)
+            self._catch_up(self._settle(ids, sessions))
         self._target.add_deletions(self._deletions)
 
     def compare(self) -> None:
         """See that all that the source has now is in the target."""
         self._given, there = self._source.tallies(), self._target.tallies()
+        self._there = there
         shown = {one for one, tally in there.items() if tally.known_from != "reference"}
         deleted = {session_id for session_id, _ in self._target.deletions()}
         for session_id, given in self._given.items():
@@ -129,8 +133,14 @@ class _Copier:
             if session_id not in shown:
                 if session_id not in deleted:
                     self._tell(f"{session_id}: the session is not in the target")
-            elif _events_of(there[session_id]) != _events_of(given):
+                continue
+            if _events_of(there[session_id]) != _events_of(given):
                 self._compare_events(given)
+            if given.messages and _messages_of(there[session_id]) != _messages_of(given):
+                self._compare_messages(given)
+        due = [one for one in self._given if one in self._written or self._is_to_settle(one)]
+        for ids in _portions((one for one in due if one in shown), _SESSIONS):
+            self._compare_sessions(ids)
         self._kept = sum(
             session_id in shown and session_id not in self._given
             for session_id, _ in self._deletions
@@ -183,21 +193,36 @@ class _Copier:
         if absent:
             self._tell(f"{given.session_id}: {absent:,} of {given.events:,} events are missing")
 
+    def _compare_messages(self, given: Tally) -> None:
+        usages = self._source.get_usage(given.session_id)
+        absent = 0
+        for some in _portions(usages, CHUNK_ROWS):
+            # It may count them to another session, which named them first.
+            owners = self._target.owners_of([usage.message_id for usage in some])
+            there = {
+                one.message_id: one for owner in owners for one in self._target.get_usage(owner)
+            }
+            absent += sum(not _has_counts(there.get(one.message_id), one) for one in some)
+        if absent:
+            self._tell(f"{given.session_id}: {absent:,} of {len(usages):,} messages are missing")
+
     # --- Sessions ---------------------------------------------------------------------------------
 
     def _copy_sessions(self, ids: Sequence[str]) -> dict[str, SessionMeta]:
         """Save those that are due; the source's, as they were read."""
         found = self._source.sessions_of([*filter(self._is_due, ids)])
-        sessions = [found[session_id] for session_id in ids if session_id in found]
+        self._saved += self._save([found[session_id] for session_id in ids if session_id in found])
+        return found
+
+    def _save(self, sessions: Sequence[SessionMeta]) -> int:
         try:
-            self._saved += self._target.save_sessions(sessions)
+            return self._target.save_sessions(sessions)
         except InvalidBatch as error:
             for refusal in error.refused:
                 self._tell(f"{refusal.id}: {refusal.reason}")
             bad = {refusal.index for refusal in error.refused}
             good = [session for index, session in enumerate(sessions) if index not in bad]
-            self._saved += self._target.save_sessions(good)
-        return found
+            return self._target.save_sessions(good)
 
     def _is_due(self, session_id: str) -> bool:
         """Whether somebody has saved the session, and later than the target's."""
@@ -207,10 +232,8 @@ class _Copier:
         return there is None or there.known_from != "session" or there.updated_at < given.updated_at
 
     def _copy_messages(self, session_id: str) -> None:
-        given, there = self._given[session_id], self._there.get(session_id)
-        if not given.messages or (
-            there and (there.messages, there.tokens) == (given.messages, given.tokens)
-        ):
+        given = self._given[session_id]
+        if not given.messages or _messages_of(self._there.get(session_id)) == _messages_of(given):
             return
         try:
             usages = self._source.get_usage(session_id)
@@ -218,39 +241,72 @@ class _Copier:
         except SessionNotFound:
             pass  # deleted in the target, or at this moment in the source
 
-    def _settle(self, ids: Sequence[str], saved: dict[str, SessionMeta]) -> None:
-        """Set what saving leaves: what is empty by now, and all of sessions that nobody saved."""
+    def _settle(self, ids: Sequence[str], saved: dict[str, SessionMeta]) -> dict[str, SessionMeta]:
+        """Set what saving leaves: what is empty by now, and all of sessions that nobody saved.
+
+        Returns the source's sessions that were written so, as they were read.
+        """
         due = [session_id for session_id in ids if self._is_to_settle(session_id)]
         own = saved | self._source.sessions_of([one for one in due if one not in saved])
-        copied = self._target.sessions_of(due)
-        for session_id in due:
-            if session_id in own:
-                self._settle_one(own[session_id], copied.get(session_id))
+        self._saved += self._settle_all(own)
+        return own
+
+    def _catch_up(self, written: dict[str, SessionMeta]) -> None:
+        """Write what has changed in the source since it was read, until nothing has.
+
+        What the target has would be the later change, for every copy to come.
+        """
+        self._written.update(written)
+        for _ in range(_ROUNDS):
+            now = self._source.sessions_of([*written])
+            written = {one: session for one, session in now.items() if session != written[one]}
+            if not written:
+                return
+            self._save([session for one, session in written.items() if self._is_due(one)])
+            self._settle_all(written)
+
+    def _settle_all(self, own: dict[str, SessionMeta]) -> int:
+        copied = self._target.sessions_of([*own])
+        return sum(self._settle_one(session, copied.get(one)) for one, session in own.items())
 
     def _is_to_settle(self, session_id: str) -> bool:
         given, there = self._given[session_id], self._there.get(session_id)
         known = there is not None and there.known_from == "session"
         return given.known_from != "reference" and (not known or self._is_due(session_id))
 
-    def _settle_one(self, own: SessionMeta, copied: SessionMeta | None) -> None:
+    def _settle_one(self, own: SessionMeta, copied: SessionMeta | None) -> bool:
+        """Set the rest of a session; whether it was new, and not made by saving it before."""
         session_id = own.session_id
-        given, there = self._given[session_id], self._there.get(session_id)
         try:
             if copied is None:
                 # Without events nothing has made it yet; or it was deleted in the target.
-                self._saved += self._target.save_session(own)
-                return
-            fields = _differences(own, copied)
-            if there is None and given.known_from == "event":
-                self._saved += 1  # by its events
-            if given.known_from == "event" and there is not None:
-                fields = {name: value for name, value in fields.items() if _is_empty(copied, name)}
-            if fields:
+                return self._target.save_session(own)
+            if fields := self._to_set(own, copied):
                 self._target.update_session(session_id, **fields)
         except InvalidRecord as error:
             self._tell(f"{session_id}: {error}")
         except SessionNotFound:
             pass  # deleted in the target at this moment
+        is_new = copied is not None and session_id not in self._there
+        return is_new and self._given[session_id].known_from == "event"
+
+    def _to_set(self, own: SessionMeta, copied: SessionMeta) -> dict[str, Any]:
+        """What the target's session lacks, or has otherwise, where the source's decides."""
+        given, there = self._given[own.session_id], self._there.get(own.session_id)
+        fields = _differences(own, copied)
+        if there is not None and there.messages:
+            fields.pop("token_usage", None)  # its ledger decides
+        if there is not None and given.known_from == "event":
+            fields = {name: value for name, value in fields.items() if _is_empty(copied, name)}
+        return fields
+
+    def _compare_sessions(self, ids: Sequence[str]) -> None:
+        own, copied = self._source.sessions_of(ids), self._target.sessions_of(ids)
+        for session_id in ids:
+            if session_id in own and session_id in copied:
+                fields = self._to_set(own[session_id], copied[session_id])
+                if fields:
+                    self._tell(f"{session_id}: the session differs in {', '.join(fields)}")
 
     def _tell(self, problem: str) -> None:
         self._problem_count += 1
@@ -260,6 +316,14 @@ class _Copier:
 
 def _events_of(tally: Tally | None) -> tuple[int, int]:
     return (tally.events, tally.event_times) if tally else (0, 0)
+
+
+def _messages_of(tally: Tally | None) -> tuple[int, int]:
+    return (tally.messages, tally.tokens) if tally else (0, 0)
+
+
+def _has_counts(there: MessageUsage | None, given: MessageUsage) -> bool:
+    return there is not None and all(map(ge, there.counts, given.counts))
 
 
 #: Children are added by saving, and those that say so themselves are found.

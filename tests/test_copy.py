@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -250,6 +250,77 @@ def test_rows_that_break_our_rules_are_named_and_the_rest_is_there(
     assert labels == {"good": "fine", "made": None}
 
 
+def changing(moment: str, *changes: Callable[[], object]) -> type[copying._Copier]:
+    """A copier that lets something else happen each time before it does this."""
+    left = [*changes]
+
+    def call(self: copying._Copier, *arguments: Any) -> Any:
+        if left:
+            left.pop(0)()
+        return getattr(super(Changing, self), moment)(*arguments)
+
+    class Changing(copying._Copier):
+        pass
+
+    setattr(Changing, moment, call)
+    return Changing
+
+
+@pytest.mark.parametrize("moment", ["_copy_messages", "_settle_all", "_save"])
+def test_what_changes_between_reading_and_writing_comes_along(
+    store: BaseStore, target: BaseStore, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    fill(store)
+
+    def change() -> None:
+        store.update_session("root", label="renamed", is_pinned=False)
+        store.update_session("made by events", label=None, is_pinned=False)
+        store.save_session(
+            session("a", status="completed", end_time=T0 + 5, child_session_ids=("listed",))
+        )
+
+    changes = (change, lambda: store.update_session("root", label="renamed again"))
+    monkeypatch.setattr(copying, "_Copier", changing(moment, *changes))
+    report = copy_store(store, target)
+    assert (report.saved, report.problems) == (7, ())
+    assert contents(target) == contents(store)
+
+
+def test_what_changes_after_it_was_copied_is_named_and_comes_with_the_next_copy(
+    store: BaseStore, target: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+
+    def change() -> None:
+        store.update_session("root", label="renamed", status="completed")
+        store.save_usage("b", [usage("m1", 30), usage("m2", 4, cache_read=2), usage("m9", 1)])
+        store.save_event(event("a"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "_Copier", changing("compare", change))
+        report = copy_store(store, target)
+    assert sorted(report.problems) == [
+        "a: 1 of 2 events are missing",
+        "b: 2 of 3 messages are missing",
+        "root: the session differs in status, label",
+    ]
+    assert copy_store(store, target).problems == ()
+    assert contents(target) == contents(store)
+
+
+def test_messages_that_the_target_counts_to_another_session_are_there(
+    store: BaseStore, target: BaseStore
+) -> None:
+    store.save_session(session("s"))
+    store.save_usage("s", [usage("m1", 3), usage("m2", 4)])
+    target.save_session(session("first"))
+    target.save_usage("first", [usage("m1", 5)])
+    for _ in range(2):
+        assert copy_store(store, target).problems == ()
+    assert target.get_usage("first") == [usage("m1", 5)]
+    assert target.get_usage("s") == [usage("m2", 4)]
+
+
 def test_a_session_that_goes_meanwhile_does_no_harm(
     store: BaseStore, target: BaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +348,7 @@ def test_small_sessions_are_read_many_at_a_time(
     trips = mock.Mock(side_effect=store._run)
     monkeypatch.setattr(store, "_run", trips)
     assert copy_store(store, target).problem_count == 0
-    assert trips.call_count < 60  # five or so for 200 sessions
+    assert trips.call_count < 80  # seven or so for 200 sessions
     monkeypatch.undo()
     assert contents(target) == contents(store)
 
