@@ -300,6 +300,7 @@ class BaseStore(ABC):
         if not isinstance(events, Iterable):
             raise InvalidRecord(f"events: a list is needed, not {type(events).__name__}")
         checked: dict[str, CheckedEvent] = {}
+        again: list[CheckedEvent] = []
         refused: list[Refusal] = []
         for index, event in enumerate(events):
             try:
@@ -307,7 +308,8 @@ class BaseStore(ABC):
             except InvalidRecord as error:
                 refused.append(Refusal(index, _name(event, "id"), str(error)))
             else:
-                checked.setdefault(row.id, row)
+                if checked.setdefault(row.id, row) is not row:
+                    again.append(row)
         # By session, so that chunks touch few of them; stable, so that the caller's order is kept.
         rows = sorted(checked.values(), key=lambda row: row.event.session_id)
         if not refused and len(rows) <= CHUNK_ROWS:
@@ -318,30 +320,43 @@ class BaseStore(ABC):
                 pass  # nothing is stored yet, and which event it was is found below
             else:
                 return SaveResult(stored=stored) if on_error == "skip" else stored
-        return self._save_carefully(rows, refused, on_error == "skip", undelete)
+        return self._save_carefully(rows, again, refused, on_error == "skip", undelete)
 
     def _save_carefully(
-        self, checked: list[CheckedEvent], refused: list[Refusal], skip: bool, undelete: bool
+        self,
+        checked: list[CheckedEvent],
+        again: list[CheckedEvent],
+        refused: list[Refusal],
+        skip: bool,
+        undelete: bool,
     ) -> int | SaveResult:
         """Encode all before anything is stored; cut by bytes; find what the server refuses."""
-        rows: list[EventRow] = []
-        for row in checked:
-            try:
-                rows.append(self._encode(row))
-            except InvalidRecord as error:
-                refused.append(Refusal(row.position, row.id, str(error)))
+        rows = self._encodable(checked, refused)
         refused.sort(key=lambda refusal: refusal.index)
         if refused and not skip:
             raise InvalidBatch(refused)
         stored = 0
         for chunk in self._chunks(rows):
             stored += self._bisect(chunk, undelete, refused)
+        if refused and again:  # what has not got in with the first may get in with the second
+            missing = {refusal.id for refusal in refused}
+            for row in self._encodable([row for row in again if row.id in missing], refused):
+                stored += self._bisect([row], undelete, refused)
         refused.sort(key=lambda refusal: refusal.index)
         if skip:
             return SaveResult(stored=stored, refused=tuple(refused))
         if refused:
             raise InvalidBatch(refused, stored=stored)
         return stored
+
+    def _encodable(self, checked: list[CheckedEvent], refused: list[Refusal]) -> list[EventRow]:
+        rows: list[EventRow] = []
+        for row in checked:
+            try:
+                rows.append(self._encode(row))
+            except InvalidRecord as error:
+                refused.append(Refusal(row.position, row.id, str(error)))
+        return rows
 
     def save_rows(self, rows: Sequence[EventRow]) -> SaveResult:
         """Store events that are encoded already, in their order; `refused` has their positions.
@@ -1563,6 +1578,10 @@ class BaseStore(ABC):
     @abstractmethod
     def _upsert_usage(self, connection: Any, session_id: str, messages: list[MessageUsage]) -> int:
         """Store or raise messages, and lock them all; how many were new or raised."""
+
+    @abstractmethod
+    def _hold_sessions(self, connection: Any, ids: list[str]) -> None:
+        """Lock those that are there against changes and deletions, events in them excepted."""
 
     @abstractmethod
     def _set_totals(self, connection: Any, ids: list[str]) -> None:

@@ -577,6 +577,9 @@ ORDER BY s.session_id
 FOR UPDATE
 """
 
+# Against everybody who changes or deletes them; not against those who store events in them.
+HOLD_SESSIONS = LOCK_SESSIONS.replace("FOR UPDATE", "FOR NO KEY UPDATE")
+
 ORPHAN_CHILDREN = """
 UPDATE sessions
 SET

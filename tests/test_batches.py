@@ -116,6 +116,17 @@ def test_the_good_events_of_a_large_batch_are_stored_if_bad_ones_may_be_left_out
     assert len(stored(store)) == MANY - 1
 
 
+def test_an_event_that_comes_again_is_stored_if_only_the_first_of_them_is_bad(
+    store: BaseStore,
+) -> None:
+    bad = event("s", T0, data={"x": float("nan")})
+    good = event("s", T0, id=bad.id)
+    result = store.save_events([bad, good, event("s", T0 + 1)], on_error="skip")
+    assert isinstance(result, SaveResult)
+    assert (result.stored, [refusal.index for refusal in result.refused]) == (2, [0])
+    assert store.get_event_by_id("s", good.id) == good
+
+
 def test_a_batch_of_several_transactions_stores_nothing_if_its_last_event_is_bad(
     store: BaseStore,
 ) -> None:
