@@ -832,7 +832,7 @@ class BaseStore(ABC):
         due = Due(older_than)
         pruned = 0
         batch: list[str] = []
-        found = trees.groups(dict(self._run(partial(self._select_prunable, due=due))))
+        found = trees.linked_groups(dict(self._run(partial(self._select_prunable, due=due))))
         for position, tree in enumerate(found):
             batch += tree
             if len(batch) >= _DELETE_SESSIONS or position == len(found) - 1:

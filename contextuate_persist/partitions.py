@@ -468,7 +468,7 @@ def _finish(session: PartitionSession, due: Due) -> int:
     deleted = 0
     inside = set(session.sessions_of(None))
     batch: list[str] = []
-    for tree in trees.groups(session.prunable(due)):
+    for tree in trees.linked_groups(session.prunable(due)):
         if not inside.isdisjoint(tree):
             batch += tree
             inside.difference_update(tree)

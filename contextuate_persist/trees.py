@@ -108,4 +108,4 @@ def whole_trees(rows: Iterable[tuple[str, str | None, bool]]) -> list[str]:
         parents[session_id] = parent
         if is_due:
             due.add(session_id)
-    return sorted(node for tree in groups(parents) if due.issuperset(tree) for node in tree)
+    return sorted(node for tree in linked_groups(parents) if due.issuperset(tree) for node in tree)

@@ -934,6 +934,25 @@ def test_pruning_spares_the_tree_of_what_changed_while_it_ran(
     assert left == {"kept", "kept child", "kept runner"}
 
 
+def test_pruning_spares_siblings_of_an_absent_parent_together(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        ward = session(f"s{number}", manual_parent_session_id="absent", end_time=T0)
+        store.save_session(ward)
+        store.update_session(f"s{number}", status="completed", end_time=T0)
+    select = store._select_prunable
+
+    def then_pin(connection: Any, due: Due) -> list[Any]:
+        rows = list(select(connection, due))
+        store.update_session("s2", is_pinned=True)
+        return rows
+
+    monkeypatch.setattr(store, "_select_prunable", then_pin)
+    assert store.prune_old_sessions(T0 + 1) == 0
+    assert len(store.get_sessions()) == 4
+
+
 def test_pruning_waits_for_whoever_pins_a_session_and_spares_it(store: BaseStore) -> None:
     store.save_sessions(session(name, end_time=T0, status="error") for name in ("kept", "gone"))
     pruned: list[int] = []
