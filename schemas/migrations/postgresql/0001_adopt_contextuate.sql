@@ -65,7 +65,8 @@ BEGIN
             AND privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
     LOOP
         EXECUTE format(
-            'GRANT %s ON ALL TABLES IN SCHEMA %I TO %I', privilege, current_schema(), account
+            'GRANT %s ON schema_version, sessions, events, deleted_sessions, token_ledger, '
+            'active_sessions, session_hierarchy TO %I', privilege, account
         );
     END LOOP;
 END
