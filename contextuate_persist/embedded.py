@@ -660,5 +660,7 @@ class EmbeddedStore(PostgreSQLStore):
         self._server.stop()
 
     def _discard_dead(self) -> None:
-        self._server.start()  # it may have crashed
+        with self._lock:
+            if self._opened:  # or it was closed while a call was under way
+                self._server.start()  # it may have crashed
         super()._discard_dead()
