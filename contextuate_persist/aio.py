@@ -51,6 +51,11 @@ _VISIT_SECONDS = 0.01
 _stores: weakref.WeakSet[AsyncStore] = weakref.WeakSet()
 
 
+def _copied(given: Iterable[T]) -> Iterable[T]:
+    """A list of its own; what is none is the store's to refuse."""
+    return list(given) if isinstance(given, Iterable) else given
+
+
 class AsyncStore:
     """A store for asyncio: `async with AsyncStore(open_store(url)) as store:`.
 
@@ -153,7 +158,7 @@ class AsyncStore:
         undelete: bool = False,
     ) -> int | SaveResult:
         # A copy: after a cancellation the caller goes on with its list while the thread reads.
-        batch = list(events)
+        batch = _copied(events)
         return await self._run(
             lambda: self._store.save_events(batch, on_error=on_error, undelete=undelete)
         )
@@ -257,7 +262,7 @@ class AsyncStore:
     async def save_sessions(
         self, sessions: Iterable[SessionMeta], *, undelete: bool = False
     ) -> int:
-        return await self._run(self._store.save_sessions, list(sessions), undelete=undelete)
+        return await self._run(self._store.save_sessions, _copied(sessions), undelete=undelete)
 
     async def get_session(self, session_id: str) -> SessionMeta | None:
         return await self._run(self._store.get_session, session_id)
@@ -288,7 +293,7 @@ class AsyncStore:
         await self._run(self._store.update_session, session_id, **fields)
 
     async def save_usage(self, session_id: str, usages: Iterable[MessageUsage]) -> int:
-        return await self._run(self._store.save_usage, session_id, list(usages))
+        return await self._run(self._store.save_usage, session_id, _copied(usages))
 
     async def delete_session(self, session_id: str) -> None:
         await self._run(self._store.delete_session, session_id)

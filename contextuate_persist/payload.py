@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import orjson
@@ -49,7 +50,6 @@ class Encoded(NamedTuple):
 def encode(data: dict[str, Any], working_directory: str = "") -> Encoded:
     """Encode a payload, and the one free text that is stored beside it.
 
-    `text` is what orjson has made of the payload, if somebody has asked it already.
     Raises InvalidRecord, naming the place, for what cannot be kept exactly: NaN and infinity, keys
     that are no strings, values that JSON does not have (tuples, dates, bytes ...), and what is over
     MAX_PAYLOAD_BYTES or MAX_DEPTH.
@@ -140,10 +140,14 @@ def exact_json(value: Any) -> bytes:
 
 def loads_exact(exact: bytes) -> Any:
     """What `exact_json` was given, lone surrogates and large integers included."""
+    text = bytes(exact).decode("utf-8", "surrogatepass")
     try:
-        return json.loads(bytes(exact).decode("utf-8", "surrogatepass"))
-    except RecursionError:  # orjson nests deeper, but would round integers past 64 bits
-        return orjson.loads(exact)
+        return json.loads(text)
+    except RecursionError:
+        # The caller's frames leave too few: a thread begins without any. orjson would need none,
+        # but rounds integers past 64 bits.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(json.loads, text).result()
 
 
 def contains(document: Any, part: Any) -> bool:

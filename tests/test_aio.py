@@ -304,6 +304,8 @@ def test_errors_come_through_unchanged(database: Database) -> None:
                 await store.get_events("s", limit=-1)
             with pytest.raises(InvalidRecord, match=r"^contains"):
                 store.iter_events(contains={"a": 1})
+            with pytest.raises(InvalidRecord, match=r"^events: a list is needed"):
+                await store.save_events(5)  # type: ignore[call-overload]
             assert await store.event_counts() == {}
 
     run(main())

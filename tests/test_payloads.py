@@ -14,7 +14,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from contextuate_persist import InvalidBatch, InvalidRecord, PersistenceError, payload
+from contextuate_persist import (
+    InvalidBatch,
+    InvalidRecord,
+    MonitorEvent,
+    PersistenceError,
+    payload,
+)
 from contextuate_persist.base import BaseStore
 from tests.builders import T0, event
 
@@ -223,6 +229,18 @@ def test_a_payload_that_holds_itself_twice_is_refused_soon() -> None:
     cycle["a"] = cycle["b"] = cycle
     with pytest.raises(InvalidRecord, match="^data: more values than a payload may have"):
         payload.encode(cycle)
+
+
+def test_a_deep_payload_is_exact_also_for_a_caller_with_a_deep_stack(store: BaseStore) -> None:
+    data: dict[str, Any] = {"n": 2**70}
+    for _ in range(400):
+        data = {"d": data}
+    store.save_event(event("s", T0, data=data))
+
+    def read(depth: int) -> list[MonitorEvent]:
+        return read(depth - 1) if depth else store.get_events("s")
+
+    assert [one.data == data for one in read(500)] == [True]
 
 
 def test_deep_payloads_are_searched(store: BaseStore) -> None:
