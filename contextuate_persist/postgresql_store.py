@@ -1914,7 +1914,10 @@ class PostgreSQLStore(BaseStore):
         try:
             given = conninfo_to_dict(url)
         except (psycopg.ProgrammingError, UnicodeError) as error:
-            reason = str(error).splitlines()[0] if "password" not in str(error) else "malformed"
+            # libpq quotes what it does not understand, the password in it included.
+            reason = str(error).splitlines()[0]
+            if not reason.startswith("invalid URI query parameter"):
+                reason = "malformed"
             raise ConfigurationError(f"database URL: {reason}") from None
         defaults: dict[str, Any] = {
             "client_encoding": "utf8",
@@ -3188,19 +3191,23 @@ def _answer(connection: psycopg.Connection[Any], query: str) -> list[Any] | None
 
 
 def _place(given: Mapping[str, Any]) -> str:
-    named = given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST")
-    host = named or "the local socket"
+    host = given.get("host") or _address(given) or os.environ.get("PGHOST") or "the local socket"
     port = given.get("port") or 5432
     return f"PostgreSQL at {host}:{port}, database {given.get('dbname') or given.get('user')}"
 
 
+def _address(given: Mapping[str, Any]) -> Any:
+    """The address that libpq connects to, whatever host is named."""
+    return given.get("hostaddr") or os.environ.get("PGHOSTADDR")
+
+
 def _tls(given: Mapping[str, Any]) -> dict[str, str]:
     """Verified TLS for a server elsewhere, unless the URL says otherwise in so many words."""
-    named = str(given.get("hostaddr") or given.get("host") or os.environ.get("PGHOST") or "")
+    named = str(_address(given) or given.get("host") or os.environ.get("PGHOST") or "")
     words = {word: str(given[word]) for word in tls.WORDS.values() if word in given}
     if mode := os.environ.get("PGSSLMODE"):
         words.setdefault("sslmode", mode)
-    if "service" in given or "PGSERVICE" in os.environ:
+    if "service" in given or ("PGSERVICE" in os.environ and "host" not in given):
         return words  # what else it names is its file's to say
     trusted = os.environ.get("PGSSLROOTCERT", "")
     if not trusted and OWN_AUTHORITIES.expanduser().is_file():

@@ -23,6 +23,7 @@ from contextuate_persist import (
 )
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import is_local
+from contextuate_persist.postgresql_store import PostgreSQLStore
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
 from tests.proxy import Proxy
@@ -101,6 +102,7 @@ def test_a_password_with_special_characters_works(database: Database, backend: s
         f"mysql://u:{SECRET}@x@h/x",
         f"mysql://u:{SECRET}/x@h/x",
         f"postgresql://u:{SECRET}%zz@h/x",
+        f"postgresql://u:{SECRET}@[::1]5432/x",
     ],
 )
 def test_a_malformed_url_is_refused_in_one_line(url: str) -> None:
@@ -108,6 +110,29 @@ def test_a_malformed_url_is_refused_in_one_line(url: str) -> None:
         open_store(url)
     assert "\n" not in str(caught.value)
     assert SECRET not in str(caught.value)
+
+
+def test_a_malformed_connection_string_tells_nothing_of_the_password() -> None:
+    for text in (f"host=h password=two {SECRET}", f"host=h password=two {SECRET}=x"):
+        with pytest.raises(ConfigurationError, match="^database URL: malformed$"):
+            PostgreSQLStore(text)
+
+
+@pytest.mark.parametrize("host", ["", "localhost"])
+def test_an_address_in_the_environment_of_libpq_decides_over_tls(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGHOSTADDR", "203.0.113.5")
+    store = open_store(f"postgresql://{host}/db")
+    assert "sslmode=verify-full" in str(vars(store))
+
+
+def test_a_service_in_the_environment_leaves_a_named_host_its_tls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGSERVICE", "other")
+    assert "sslmode=verify-full" in str(vars(open_store("postgresql://db.example.com/db")))
+    assert "sslmode" not in str(vars(open_store("postgresql:///db")))
 
 
 def test_the_environment_names_the_database(
