@@ -659,20 +659,22 @@ class BaseStore(ABC):
         return self._save_sessions(sessions, undelete) if sessions else 0
 
     def _save_sessions(self, sessions: list[SessionMeta], undelete: bool) -> int:
-        several = len(self._named(sessions)) > 1
+        named = self._named(sessions)
 
         def save(connection: Any) -> int:
+            # What a deletion or the ledger decides is read by the statements that follow: one that
+            # began before would go by what was, however long it then waits.
+            self._hold_sessions(connection, sorted(named))
             wanted = sessions
             if undelete:
                 self._undelete(connection, [session.session_id for session in sessions])
-            elif several:  # a late save leaves nothing, not even a reference
+            elif len(named) > 1:  # a late save leaves nothing, not even a reference
                 wanted = self._without_deleted(connection, sessions)
             seeds = self._reference_seeds(wanted)
             parameters = [records.session_parameters(session) for session in wanted]
             return self._upsert_sessions(connection, seeds, parameters) if wanted else 0
 
-        # One row without a parent locks nothing else: it needs no order and no transaction.
-        return self._run(save, transaction=undelete or several)
+        return self._run(save, transaction=True)
 
     def _without_deleted(self, connection: Any, sessions: list[SessionMeta]) -> list[SessionMeta]:
         deleted = self._select_deletions(connection, [s.session_id for s in sessions])
@@ -762,12 +764,16 @@ class BaseStore(ABC):
         model.check_id("session_id", session_id)
         values = records.update_parameters(fields)
 
+        counts = fields.get("token_usage") is not None
+
         def update(connection: Any) -> None:
+            if counts:  # or the ledger may decide, as in a save
+                self._hold_sessions(connection, [session_id])
             if not self._update_session(connection, session_id, values):
                 raise SessionNotFound(session_id)
 
         # A new parent is locked, and perhaps made, first.
-        self._run(update, transaction=fields.get("parent_session_id") is not None)
+        self._run(update, transaction=counts or fields.get("parent_session_id") is not None)
 
     def save_usage(self, session_id: str, usages: Iterable[MessageUsage]) -> int:
         model.check_id("session_id", session_id)
@@ -1572,16 +1578,16 @@ class BaseStore(ABC):
         """Lock those of the sessions that are there, in the order of their ids; which they are."""
 
     @abstractmethod
+    def _hold_sessions(self, connection: Any, ids: list[str]) -> None:
+        """Lock those that are there against changes and deletions, events in them excepted."""
+
+    @abstractmethod
     def _select_owners(self, connection: Any, ids: list[str]) -> list[str]:
         """The sessions to which those of the messages belong that are stored."""
 
     @abstractmethod
     def _upsert_usage(self, connection: Any, session_id: str, messages: list[MessageUsage]) -> int:
         """Store or raise messages, and lock them all; how many were new or raised."""
-
-    @abstractmethod
-    def _hold_sessions(self, connection: Any, ids: list[str]) -> None:
-        """Lock those that are there against changes and deletions, events in them excepted."""
 
     @abstractmethod
     def _set_totals(self, connection: Any, ids: list[str]) -> None:

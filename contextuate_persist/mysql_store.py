@@ -1996,6 +1996,9 @@ class MySQLStore(BaseStore):
         after = _execute(connection, SELECT_CREATIONS, asked)
         return [row[0] for row in before if row in after]
 
+    def _hold_sessions(self, connection: Any, ids: list[str]) -> None:
+        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
+
     def _select_owners(self, connection: Any, ids: list[str]) -> list[str]:
         rows = _execute(connection, SELECT_OWNERS, {"message_ids": records.json_list(ids)})
         return [row[0] for row in rows]

@@ -2346,6 +2346,9 @@ class PostgreSQLStore(BaseStore):
     def _lock_sessions(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[str]:
         return [row[0] for row in connection.execute(LOCK_SESSIONS, {"session_ids": ids})]
 
+    def _hold_sessions(self, connection: psycopg.Connection[Any], ids: list[str]) -> None:
+        connection.execute(HOLD_SESSIONS, {"session_ids": ids})
+
     def _select_owners(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[str]:
         return [row[0] for row in connection.execute(SELECT_OWNERS, {"message_ids": ids})]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from concurrent import futures
+from functools import partial
 from typing import Any
 
 import pytest
 
-from contextuate_persist import SessionNotFound
+from contextuate_persist import MessageUsage, SessionNotFound, TokenUsage
 from contextuate_persist.base import BaseStore
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
@@ -199,6 +201,58 @@ def test_late_deliveries_race_with_a_deletion_and_lose(store: BaseStore) -> None
         )
         assert store.get_session(name) is None
         assert store.get_events(name) == []
+
+
+def start(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Do work that has to wait in a thread; what then waits for its result."""
+    future: futures.Future[Any] = futures.Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=do, daemon=True).start()
+    with pytest.raises(futures.TimeoutError):
+        future.result(0.3)
+    return partial(future.result, 60)
+
+
+@pytest.mark.parametrize("parent", [None, "p"])
+def test_a_save_that_waits_for_a_deletion_does_not_undo_it(
+    store: BaseStore, parent: str | None
+) -> None:
+    store.save_sessions([session("s"), session("p")])
+    late = session("s", parent_session_id=parent)
+    with store._connection(True) as connection:
+        store._delete_session(connection, "s")
+        saving = start(lambda: store.save_session(late))
+    assert saving() is False
+    assert store.get_session("s") is None
+    assert [one.session_id for one in store.get_sessions()] == ["p"]
+
+
+@pytest.mark.parametrize("how", ["save", "update"])
+def test_totals_that_wait_for_the_first_usage_do_not_overwrite_it(
+    store: BaseStore, how: str
+) -> None:
+    store.save_session(session("s"))
+    zero = TokenUsage(total_input=0, total_output=0)
+    usage = MessageUsage(message_id="m", timestamp=T0, input_tokens=3, output_tokens=5)
+    works = {
+        "save": lambda: store.save_session(session("s", token_usage=zero)),
+        "update": lambda: store.update_session("s", token_usage=zero),
+    }
+    with store._connection(True) as connection:
+        store._lock_sessions(connection, ["s"])
+        store._upsert_usage(connection, "s", [usage])
+        store._set_totals(connection, ["s"])
+        waiting = start(works[how])
+    waiting()
+    found = store.get_session("s")
+    assert found is not None
+    assert (found.token_usage.total_input, found.token_usage.total_output) == (3, 5)
 
 
 def test_readers_see_new_rows_at_once(store: BaseStore, database: Database) -> None:
