@@ -268,7 +268,7 @@ class Survey:
         if self.foreign:
             self.left.append(f"{directory}: {self.foreign:,} records of another version")
         damaged = directory / "damaged"
-        unread = [*spool.unread, *(sorted(damaged.iterdir()) if damaged.is_dir() else [])]
+        unread = sorted(damaged.iterdir()) if damaged.is_dir() else []
         self.left += [f"{path}: cannot be read: look at it, and remove it" for path in unread]
         return gone
 

@@ -79,7 +79,6 @@ class Spool:
         self.last = 0
         self.size = 0  # bytes on disk
         self.damages: list[str] = []
-        self.unread: list[Path] = []  # files that the disk does not give
         self.damaged = Aside(self.directory / "damaged", re.compile(".*"))
         self._segment_bytes = segment_bytes
         self._files = threading.Lock()  # held to change the list of them
@@ -95,7 +94,6 @@ class Spool:
         Raises ConfigurationError while another process has it, SpoolError if it cannot be used.
         """
         self.damages = []
-        self.unread = []
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_private(self.directory)
@@ -295,7 +293,14 @@ class Spool:
             if error.errno not in (errno.EIO, errno.EACCES, errno.EISDIR):
                 raise
             self._report(f"{segment.path.name}: {error.strerror}")
-            self.unread.append(segment.path)
+            # Nobody knows its numbers. When it can be read again, they may seem to be done with.
+            try:
+                self._move_aside(segment)
+            except OSError as why:
+                raise SpoolError(
+                    f"{segment.path}: cannot be read: {error.strerror}; "
+                    f"nor moved to damaged: {why.strerror or why}"
+                ) from why
             return 0
         segment.size = len(data)
         damages: list[tuple[int, int]] = []
@@ -327,14 +332,23 @@ class Spool:
                 self.damaged.added(end - start)
 
     def _keep_aside(self, segment: _Segment) -> None:
-        """A file that the disk does not read now may be read by somebody some day."""
         with self._files, contextlib.suppress(OSError):
+            self._move_aside(segment)
+
+    def _move_aside(self, segment: _Segment) -> None:
+        """A file that the disk does not read now may be read by somebody some day."""
+        with contextlib.suppress(FileNotFoundError):  # somebody has removed it
             segment.path.rename(self._aside() / segment.path.name)
             self.damaged.added(segment.size)
+            self._sync_aside()
 
     def _aside(self) -> Path:
         self.damaged.directory.mkdir(mode=0o700, exist_ok=True)
         return self.damaged.directory
+
+    def _sync_aside(self) -> None:
+        for directory in (self.damaged.directory, self.directory):
+            sync_directory(directory)
 
     def _report(self, damage: str) -> None:
         self.damages.append(damage)

@@ -321,6 +321,7 @@ def test_a_file_that_cannot_be_opened_costs_what_is_in_it(directory: Path) -> No
     assert again.damages == [f"{odd.name}: Is a directory"]
     assert everything(again) == records(5, 3)
     again.close()
+    assert (directory / "damaged" / odd.name).is_dir()
 
 
 def test_a_file_that_the_disk_does_not_read_is_kept_aside(
@@ -342,6 +343,61 @@ def test_a_file_that_the_disk_does_not_read_is_kept_aside(
     spool.acknowledge(10)
     spool.close()
     assert (directory / "damaged" / first.name).exists()
+
+
+def unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a spool that opens not read a file, whoever runs the tests."""
+    original = Path.read_bytes
+
+    def denied(self: Path) -> bytes:
+        if self == path:
+            raise OSError(errno.EACCES, "Permission denied")
+        return original(self)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+
+
+def test_a_file_that_was_unreadable_once_is_not_removed_when_it_can_be_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory, segment_bytes=100)
+    spool.append(records(1, 5))
+    spool.append(records(6, 5))
+    spool.close()
+    first, _ = segments(directory)
+    whole = first.read_bytes()
+    with monkeypatch.context() as patch:
+        unreadable(first, patch)
+        again = Spool(directory)
+        assert again.open() == 5
+        assert again.damages == [f"{first.name}: Permission denied"]
+        assert again.damaged.bytes == len(whole)
+        again.acknowledge(10)
+        again.close()
+    third = opened(directory)
+    third.acknowledge(10)
+    third.close()
+    assert (directory / "damaged" / first.name).read_bytes() == whole
+
+
+def test_a_spool_whose_unreadable_file_cannot_be_put_aside_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 5))
+    spool.close()
+    [path] = segments(directory)
+    with monkeypatch.context() as patch:
+        unreadable(path, patch)
+        patch.setattr(Path, "rename", failing(errno.EROFS))
+        with pytest.raises(SpoolError) as raised:
+            Spool(directory).open()
+    assert str(raised.value) == (
+        f"{path}: cannot be read: Permission denied; nor moved to damaged: Read-only file system"
+    )
+    again = Spool(directory)
+    assert again.open() == 5
+    again.close()
 
 
 def test_what_passes_is_raised_not_taken_for_damage(
