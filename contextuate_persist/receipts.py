@@ -108,4 +108,8 @@ class WriterHealth:
     aside_bytes: int
     """On disk besides, until somebody removes it: dead letters, and what could not be read."""
     damages: tuple[str, ...]
-    """What of the spool could not be read; its bytes lie beside it, in `damaged`."""
+    """What of the spool could not be read; its bytes lie beside it, in `damaged`.
+
+    A whole file there that can be read again, moved to a directory of its own, is stored by
+    `contextuate-persist spool replay --directory`.
+    """

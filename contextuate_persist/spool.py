@@ -55,6 +55,7 @@ class _Segment:
     mark: bytes
     last: int = 0
     size: int = 0
+    keep: bool = False  # what is unreadable of it lies nowhere else
 
 
 class SpoolState(NamedTuple):
@@ -189,7 +190,8 @@ class Spool:
                 if error.errno not in (errno.ENOENT, errno.EIO):
                     raise  # too many open files, perhaps: it passes
                 self._report(f"{segment.path.name}: {error.strerror}")
-                self._keep_aside(segment)
+                # There until all is done with: what was read of it before may be in memory alone.
+                segment.keep = True
                 continue
             found: list[Record] = []
             damages: list[tuple[int, int]] = []
@@ -212,7 +214,9 @@ class Spool:
             if self._marking is None:  # closed: all this comes again
                 return
             self.acknowledged = max(self.acknowledged, number)
-            for step in (self._mark_acknowledged, self._remove_finished):
+            # A file that is put aside goes first: once its numbers are done with, a start after a
+            # kill would remove it.
+            for step in (self._remove_finished, self._mark_acknowledged):
                 try:
                     step()
                 except OSError as error:
@@ -228,6 +232,8 @@ class Spool:
         gone = seen = 0
         try:
             for segment in [*self._segments]:
+                if segment.keep:
+                    raise SpoolError(f"{segment.path}: what is damaged in it has no copy yet")
                 data = segment.path.read_bytes()
                 kept: list[Record] = []
                 for record, _ in _records(data, segment.mark):
@@ -325,15 +331,26 @@ class Spool:
                 damage += ", its end: a kill in the middle of a write leaves it torn"
             if damage not in self.damages:
                 self._report(damage)
-                path = self._aside() / f"{segment.path.name}-{start + offset}"
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                with open(descriptor, "wb") as file:
-                    file.write(data[start:end])
-                self.damaged.added(end - start)
+                try:
+                    self._copy_aside(f"{segment.path.name}-{start + offset}", data[start:end])
+                except OSError as error:  # a full disk, which storing what waits may empty
+                    log.warning("spool %s: %s: kept whole: %s", self.directory, damage, error)
+                    segment.keep = True
 
-    def _keep_aside(self, segment: _Segment) -> None:
-        with self._files, contextlib.suppress(OSError):
-            self._move_aside(segment)
+    def _copy_aside(self, name: str, data: bytes) -> None:
+        path = self._aside() / name
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            _write(descriptor, data)
+            os.fsync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        self.damaged.added(len(data))
+        self._sync_aside()
 
     def _move_aside(self, segment: _Segment) -> None:
         """A file that the disk does not read now may be read by somebody some day."""
@@ -356,8 +373,10 @@ class Spool:
 
     def _current(self) -> _Segment:
         """The file to write to; it is never one of an earlier process, whose end may be torn."""
-        if self._writing is not None and self._segments[-1].size >= self._segment_bytes:
-            self._end_segment()
+        if self._writing is not None:
+            segment = self._segments[-1]
+            if segment.size >= self._segment_bytes or segment.keep:
+                self._end_segment()
         if self._writing is None:
             mark = secrets.token_bytes(8)
             path = self.directory / f"{self.last + 1:020d}-{mark.hex()}.log"
@@ -381,10 +400,16 @@ class Spool:
             os.close(writing)
 
     def _remove_finished(self) -> None:
-        while self._segments and self._segments[0].last <= self.acknowledged:
-            if len(self._segments) == 1 and self._writing is not None:
+        for segment in [*self._segments]:
+            is_written = self._writing is not None and segment is self._segments[-1]
+            if segment.last > self.acknowledged or is_written:
                 return
-            segment = self._segments.pop(0)
+            if segment.keep:
+                try:
+                    self._move_aside(segment)
+                except OSError:  # later, perhaps
+                    continue
+            self._segments.remove(segment)
             segment.path.unlink(missing_ok=True)
             self.size -= segment.size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -340,7 +341,13 @@ def test_a_file_that_the_disk_does_not_read_is_kept_aside(
 
     monkeypatch.setattr(Path, "open", broken)
     assert everything(spool) == records(6, 5)
+    # Until all is done with: some of it may be in memory, and nowhere else.
+    assert first.exists()
+    size = first.stat().st_size
     spool.acknowledge(10)
+    assert not first.exists()
+    assert spool.size == sum(path.stat().st_size for path in segments(directory))
+    assert spool.damaged.bytes == size
     spool.close()
     assert (directory / "damaged" / first.name).exists()
 
@@ -377,7 +384,12 @@ def test_a_file_that_was_unreadable_once_is_not_removed_when_it_can_be_read(
     third = opened(directory)
     third.acknowledge(10)
     third.close()
-    assert (directory / "damaged" / first.name).read_bytes() == whole
+    aside = directory / "damaged" / first.name
+    assert aside.read_bytes() == whole
+    alone = directory / "alone"
+    alone.mkdir(mode=0o700)
+    aside.rename(alone / aside.name)
+    assert everything(opened(alone)) == records(1, 5)
 
 
 def test_a_spool_whose_unreadable_file_cannot_be_put_aside_is_refused(
@@ -397,6 +409,26 @@ def test_a_spool_whose_unreadable_file_cannot_be_put_aside_is_refused(
     )
     again = Spool(directory)
     assert again.open() == 5
+    again.close()
+
+
+def test_nothing_more_goes_into_a_file_that_the_disk_does_not_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing(errno.EIO))
+        assert everything(spool) == []
+    spool.append(records(6, 5))
+    assert len(segments(directory)) == 2
+    assert everything(spool, after=5) == records(6, 5)
+    assert spool.size == sum(path.stat().st_size for path in segments(directory))
+    spool.close()
+    again = Spool(directory)  # it was killed before anything was done with, and the disk reads
+    assert again.open() == 10
+    assert everything(again) == records(1, 10)
+    again.acknowledge(10)
     again.close()
 
 
@@ -431,6 +463,68 @@ def test_damage_while_a_spool_is_open_is_told_and_kept(directory: Path) -> None:
     assert len(spool.damages) == 1
     assert len(list((directory / "damaged").iterdir())) == 1
     spool.close()
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_disk_that_takes_no_copy_of_what_is_damaged_keeps_its_whole_file(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A full disk is emptied by storing what waits, so the spool has to open."""
+    spool = opened(directory, segment_bytes=100)
+    for first in range(1, 41, 10):
+        spool.append(records(first, 10))
+    spool.close()
+    torn = segments(directory)[1]
+    whole = torn.read_bytes()[:-5]
+    torn.write_bytes(whole)
+    original = getattr(os, call)
+
+    def full(descriptor: int, *data: Any) -> Any:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(descriptor, *data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        again = Spool(directory)
+        assert again.open() == 39
+        assert len(again.damages) == 1
+        assert len(everything(again)) == 39
+        again.acknowledge(30)
+    [aside] = (directory / "damaged").iterdir()
+    assert (aside.name, aside.read_bytes()) == (torn.name, whole)
+    assert len(segments(directory)) == 1
+    assert again.size == segments(directory)[0].stat().st_size
+    again.close()
+
+
+def test_what_can_neither_be_copied_nor_moved_stays_and_holds_up_nothing_else(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory, segment_bytes=100)
+    for first in range(1, 41, 10):
+        spool.append(records(first, 10))
+    spool.close()
+    torn = segments(directory)[0]
+    torn.write_bytes(torn.read_bytes()[:-5])
+    original = Path.mkdir
+
+    def full(self: Path, *arguments: Any, **options: Any) -> None:
+        if self.name == "damaged":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        again = Spool(directory)
+        assert again.open() == 39
+        with pytest.raises(SpoolError, match=f"{torn.name}: what is damaged in it has no copy"):
+            again.rewrite(lambda body: body)
+        again.acknowledge(30)
+        assert [path == torn for path in segments(directory)] == [True, False]
+    again.acknowledge(31)
+    assert (directory / "damaged" / torn.name).exists()
+    again.close()
 
 
 def test_a_file_whose_name_may_not_last_is_not_written_to(
