@@ -8,6 +8,7 @@ a crash it is there again, and its contents must bear their own id.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -33,6 +34,9 @@ _WHY = ".why"
 # clock that stands still while the machine sleeps: a writer that slept with it goes on.
 _UNFINISHED = 3600  # seconds
 _BEGUN = re.compile(r"\.\d{20}-[0-9a-f]{32}\.json")
+# A link, a socket, a directory, somebody else's. Any other error may pass: too many open files, a
+# network's disk.
+_LASTING = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EACCES})
 
 
 def leave(directory: str | Path, body: bytes) -> str:
@@ -66,6 +70,7 @@ class Inbox:
         self.directory = Path(directory)
         self._locking: int | None = None
         self._taken: set[str] = set()
+        self._unread: set[str] = set()
         self._begun: dict[str, tuple[float, tuple[int, int]]] = {}
 
     def open(self) -> None:
@@ -91,7 +96,7 @@ class Inbox:
         if self._locking is not None:
             os.close(self._locking)
             self._locking = None
-        self._taken, self._begun = set(), {}
+        self._taken, self._unread, self._begun = set(), set(), {}
 
     def __enter__(self) -> Inbox:  # noqa: PYI034  (Self needs Python 3.11)
         """Call `open()`."""
@@ -105,21 +110,34 @@ class Inbox:
     def take(self, limit: int = 1000) -> Iterator[tuple[str, bytes]]:
         """The oldest files that are not taken yet, with their names; what is no such file goes.
 
-        Each stays until `done` or `set_aside`, or comes again after `give_back`.
+        Each stays until `done` or `set_aside`, or comes again after `give_back`. What cannot be
+        read just now is for a later look.
         """
         found = os.listdir(self.directory)
         self._remove_left([name for name in found if _BEGUN.fullmatch(name)])
-        names = sorted(name for name in found if self._is_new(name))
-        for name in names[:limit]:
+        for name in sorted(name for name in found if self._is_new(name)):
+            if not limit:
+                return
             try:
                 body = _read(self.directory / name)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
-                self.set_aside(name, str(error))
+                if isinstance(error, OSError) and error.errno not in _LASTING:
+                    self._tell_unread(name, error)
+                else:
+                    self.set_aside(name, str(error))
                 continue
+            limit -= 1
+            self._unread.discard(name)
             self._taken.add(name)
             yield name, body
+
+    def _tell_unread(self, name: str, error: OSError) -> None:
+        """Once: it is looked at many times a second."""
+        if name not in self._unread:
+            self._unread.add(name)
+            log.warning("inbox %s: %s waits: %s", self.directory, ascii(name), error)
 
     def _remove_left(self, names: list[str]) -> None:
         """Remove what nobody has finished, or gone on with, since it was seen long ago."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -101,6 +102,31 @@ def test_what_is_no_file_of_ours_is_set_aside_and_told(
     assert (place / "bad" / "large.why").read_text() == "it has 11 bytes, at most 10 fit\n"
     assert secret.read_bytes() == b"not ours"
     assert "is set aside: it is no file" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read_just_now_waits_and_holds_up_nobody(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    first, second, third = (leave(tmp_path, b"%d" % n) for n in range(3))
+    original = os.open
+
+    def fail(path: str | Path, *arguments: int, **options: int) -> int:
+        if Path(path).name in (first, second):
+            raise OSError(number, os.strerror(number))
+        return original(path, *arguments, **options)
+
+    with Inbox(tmp_path) as inbox:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", fail)
+            assert list(inbox.take(1)) == [(third, b"2")]
+            assert list(inbox.take()) == []
+        assert [record.message.count(os.strerror(number)) for record in caplog.records] == [1, 1]
+        assert list(inbox.take()) == [(first, b"0"), (second, b"1")]
+    assert not (tmp_path / "bad").exists()
 
 
 def test_one_process_takes_at_a_time(tmp_path: Path) -> None:
