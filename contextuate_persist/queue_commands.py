@@ -57,9 +57,9 @@ def _replay_spool(args: argparse.Namespace, open_given: OpenStore) -> int:
         open_given(args) as store,
         EventWriter(store, spool_directory=_directory(args)) as writer,
     ):
-        found = writer.health().pending
         left = writer.flush(args.timeout)
         health = writer.health()
+    found = health.accepted  # what lay there: nobody puts anything
     counts = {"stored": health.stored, "duplicate": health.duplicate, "setAside": health.set_aside}
     if args.json:
         show_json([{"found": found, **counts, "left": left}])

@@ -59,6 +59,21 @@ def test_what_waits_is_told_and_stored(run: Run, directory: Path, store: BaseSto
     assert told == {"found": 0, "stored": 0, "duplicate": 0, "setAside": 0, "left": 0}
 
 
+def test_what_is_stored_at_once_counts_as_found(
+    run: Run, directory: Path, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = EventWriter.init
+
+    def init(self: EventWriter) -> None:
+        original(self)
+        assert self.flush(30) == 0
+
+    fill(5)
+    monkeypatch.setattr(EventWriter, "init", init)
+    status, out, _ = run("spool", "replay")
+    assert (status, out) == (0, "5 found: 5 stored, 0 there already, 0 set aside, 0 left\n")
+
+
 def test_what_lies_aside_is_told(run: Run, directory: Path, store: BaseStore) -> None:
     assert json.loads(run("spool", "status", "--json")[1])["asideBytes"] == 0
     with EventWriter(store) as writer:
