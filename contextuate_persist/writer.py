@@ -289,7 +289,8 @@ class EventWriter:
             return value, value.size, value.size
         # Until it is checked, the payload itself is in memory besides its JSON; and never less than
         # what it takes after that.
-        disk = len(value.text) + 4 * len(event.working_directory) + 600
+        place = event.working_directory  # which nobody has checked yet
+        disk = len(value.text) + 4 * (len(place) if isinstance(place, str) else 0) + 600
         return value, disk + 2 * len(value.text), disk
 
     def _prepare_session(self, session: SessionMeta) -> Prepared:

@@ -994,6 +994,13 @@ def test_senseless_settings_are_named(options: dict[str, Any], message: str) -> 
         EventWriter(store, **options)
 
 
+@pytest.mark.parametrize("place", [Path("/x"), None, 5])
+def test_a_working_directory_that_is_no_text_is_set_aside(writer: EventWriter, place: Any) -> None:
+    receipt = writer.put(event(working_directory=place))
+    assert receipt.wait_stored(30)
+    assert str(receipt.refusal).startswith("working_directory: ")
+
+
 def test_what_is_no_event_is_an_error_at_once(writer: EventWriter) -> None:
     with pytest.raises(InvalidRecord, match="a MonitorEvent is needed, not dict"):
         writer.put({})  # type: ignore[arg-type]
