@@ -7,13 +7,13 @@ base64 text of an image that was read.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
 
 from contextuate_persist.errors import ConfigurationError
+from contextuate_persist.payload import MAX_DEPTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +44,17 @@ class PayloadPolicy:
         """
         if not isinstance(data.get(TRIMMED, []), list):
             return data  # somebody else's word, which is not ours to change
-        texts = sorted(_texts(data), key=lambda text: -text.size)
+        texts = _texts(data)
+        if texts is None:
+            return data
+        texts.sort(key=lambda text: -text.size)
         chosen: dict[tuple[str | int, ...], _Text] = {}
         if self.mirrors:
             for text in texts:
                 if text.mirror and text.size >= self.mirror_bytes:
                     chosen[text.path] = text
         if self.max_bytes is not None:
-            size = _size(data) - sum(text.gain for text in chosen.values())
+            size = _size(data, texts) - sum(text.gain for text in chosen.values())
             for text in texts:
                 if size <= self.max_bytes or text.size < _SHORTEST:
                     break
@@ -64,7 +67,7 @@ class PayloadPolicy:
 #: The key of a payload under which stands what was taken out of it.
 TRIMMED = "trimmed"
 _SHORTEST = 256  # below that, what tells of a text is as long as the text
-_MOST = 1_000_000  # values; a payload that contains itself has no end
+_MOST = 1_000_000  # values; one that stands in many places counts in each
 
 
 class _Text(NamedTuple):
@@ -89,20 +92,27 @@ class _Text(NamedTuple):
         return {"path": self.pointer, "bytes": self.size, "sha256": digest}
 
 
-def _texts(data: dict[str, Any]) -> Iterator[_Text]:
-    """All texts of a payload, with their places."""
+def _texts(data: dict[str, Any]) -> list[_Text] | None:
+    """All texts of a payload, with their places; None for one that cannot be kept: it is too deep.
+
+    One that contains itself is: its paths would have no end.
+    """
+    texts: list[_Text] = []
     nodes: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
     seen = 0
     while nodes and seen < _MOST:
         path, node = nodes.pop()
+        if len(path) >= MAX_DEPTH:
+            return None
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in items:
             seen += 1
             if isinstance(value, str):
                 raw = value.encode("utf-8", "surrogatepass")
-                yield _Text((*path, key), len(raw), raw, _is_mirror(node, key))
+                texts.append(_Text((*path, key), len(raw), raw, _is_mirror(node, key)))
             elif isinstance(value, dict | list):
                 nodes.append(((*path, key), value))
+    return texts
 
 
 def _is_mirror(node: Any, key: str | int) -> bool:
@@ -111,11 +121,11 @@ def _is_mirror(node: Any, key: str | int) -> bool:
     return key in ("originalFile", "base64")
 
 
-def _size(data: dict[str, Any]) -> int:
+def _size(data: dict[str, Any], texts: list[_Text]) -> int:
     try:
         return len(orjson.dumps(data))
     except TypeError:  # whether it can be kept at all, the store's encoder tells
-        return sum(text.size for text in _texts(data))
+        return sum(text.size for text in texts)
 
 
 def _without(data: dict[str, Any], texts: list[_Text]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from contextuate_persist import (
 )
 from contextuate_persist.base import BaseStore
 from contextuate_persist.dead_letters import DeadLetters, replay
+from contextuate_persist.payload import MAX_DEPTH
 from contextuate_persist.queued import Refused, Update
 from contextuate_persist.spool import spool_state
 from tests.builders import T0, event, session
@@ -876,6 +877,16 @@ def test_bulky_copies_are_trimmed_and_told(store: BaseStore, directory: Path) ->
     assert told["/toolOutput/originalFile"]["sha256"] == digest
     assert told["/toolOutput/originalFile"]["bytes"] == 5000
     assert told["/a~1b~0c/originalFile"]["bytes"] == 2000
+
+
+def test_a_payload_that_contains_itself_is_not_trimmed() -> None:
+    endless: dict[str, Any] = {"a": "x" * 5000}
+    endless["b"] = [endless, endless]
+    assert PayloadPolicy(max_bytes=1024).apply(endless) is endless
+    deep: Any = "x" * 5000
+    for _ in range(MAX_DEPTH):
+        deep = {"a": deep}
+    assert PayloadPolicy(max_bytes=1024).apply(deep)["trimmed"][0]["bytes"] == 5000
 
 
 def test_the_largest_texts_go_until_a_payload_has_its_size() -> None:
