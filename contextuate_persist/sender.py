@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -57,6 +58,7 @@ class Sender:
         self._limits = limits
         self._trials = Trials(store, outbox)
         self._slice = limits.rows
+        self._at_letters = threading.Lock()
 
     def run(self) -> None:
         """Store the items in their order, until all is over."""
@@ -90,9 +92,15 @@ class Sender:
 
     def write_letters(self) -> None:
         """Write what a full disk has not taken before, as far as it goes."""
-        for letter in self._outbox.letters:
-            if self._write_letter(letter):
-                self._outbox.letter_written(letter)
+        # Whoever closes the writer comes, too, while a slow disk may still hold this thread.
+        if not self._at_letters.acquire(blocking=False):
+            return
+        try:
+            for letter in self._outbox.letters:
+                if self._write_letter(letter):
+                    self._outbox.letter_written(letter)
+        finally:
+            self._at_letters.release()
 
     def _write_letter(self, letter: Item) -> bool:
         assert isinstance(letter.value, Refused)  # noqa: S101  (that is what letters are)

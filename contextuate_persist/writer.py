@@ -216,9 +216,11 @@ class EventWriter:
         # It may wait for a database that does not answer; what it then hears nobody needs.
         sender.join(_SENDER_SECONDS)
         assert self._sender is not None  # noqa: S101  (made with the outbox)
-        self._sender.write_letters()
-        lost = outbox.end()
-        self._spool.close(in_use=keeper.is_alive())
+        try:
+            self._sender.write_letters()
+        finally:
+            lost = outbox.end()
+            self._spool.close(in_use=keeper.is_alive())
         return lost
 
     def _require_other_thread(self) -> None:

@@ -37,6 +37,7 @@ from contextuate_persist import (
     TokenUsage,
     WriterHealth,
     queued,
+    sender,
 )
 from contextuate_persist.base import BaseStore
 from contextuate_persist.dead_letters import DeadLetters, replay
@@ -690,6 +691,50 @@ def test_letters_that_no_disk_takes_are_told_when_the_writer_closes(
     with pytest.raises(SpoolError, match="1 items are neither stored nor on disk"):
         writer.close(0.1)
     assert (poison.safe, good.safe) == (False, True)
+
+
+def test_a_letter_that_is_being_written_while_the_writer_closes_is_written_once(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "_LETTER_SECONDS", 0.05)
+    writer = EventWriter(store, spool_directory=directory)
+    writer.init()
+    original, entered, held = writer._dead_letters.add, threading.Event(), threading.Event()
+    tries = itertools.count()
+
+    def add(content: Refused, accepted: int) -> str:
+        if not next(tries):
+            raise OSError(28, "No space left on device")
+        entered.set()
+        held.wait(30)
+        return original(content, accepted)
+
+    monkeypatch.setattr(writer._dead_letters, "add", add)
+    writer.put(event(data={"x": float("inf")}))
+    assert entered.wait(30)
+    threads = writer._threads
+    closing = threading.Timer(0, writer.close)
+    closing.start()
+    closing.join(1.5)  # the sender is waited for for a moment
+    held.set()
+    for thread in (closing, *threads):
+        thread.join(30)
+    assert len(DeadLetters(directory / "dead").ids()) == 1
+    with EventWriter(store, spool_directory=directory):
+        pass
+
+
+def test_a_defect_in_writing_letters_does_not_keep_the_spool(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = EventWriter(store, spool_directory=directory)
+    writer.init()
+    assert writer._sender is not None
+    monkeypatch.setattr(writer._sender, "write_letters", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.close()
+    with EventWriter(store, spool_directory=directory):
+        pass
 
 
 def test_letters_that_no_disk_takes_do_not_fill_memory(
