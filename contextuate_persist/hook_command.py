@@ -30,6 +30,10 @@ def _show(args: argparse.Namespace, installed: dict[str, str]) -> int:
         show_json({"hook": name, "command": installed.get(name)} for name in names)
     else:
         show(f"{display.safe(name):22} {display.safe(installed.get(name, '-'))}" for name in names)
+    # The agent does not tell: a hook that fails is not to be in its way.
+    gone = {place for command in installed.values() for place in hook_settings.missing(command)}
+    for place in sorted(gone):
+        tell(f"{place} does not exist, but hooks run it: `contextuate-persist hook install` again")
     return 0
 
 

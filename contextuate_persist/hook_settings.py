@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import os
 import re
@@ -117,8 +118,8 @@ def default_command() -> str:
         raise ConfigurationError(
             f"{_SCRIPT} is missing from this installation: install contextuate-persist again"
         )
-    python = os.path.realpath(sys.executable)
-    return f"{shlex.join([python, '-I', '-S', str(found)])} || true"
+    # Not what it is a link to: that has a version in its path, and goes with the next upgrade.
+    return f"{shlex.join([sys.executable, '-I', '-S', str(found)])} || true"
 
 
 def snippet(command: str, names: tuple[str, ...] = ALL_HOOKS) -> dict[str, Any]:
@@ -170,6 +171,18 @@ def installed(path: Path) -> dict[str, str]:
     return {
         name: handler["command"] for name, groups in hooks.items() for handler in _ours([groups])
     }
+
+
+def missing(command: str) -> list[str]:
+    """The program and script that a command names by their paths, as far as they are not there."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        named = [*itertools.takewhile(lambda word: word.startswith(("/", "-")), lexer)]
+    except ValueError:  # the shell's affair, as variables are
+        return []
+    places = [word for word in named if word.startswith("/") and "$" not in word]
+    return [place for place in places if not os.path.exists(place)]
 
 
 def _marked(command: str) -> str:

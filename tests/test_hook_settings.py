@@ -231,6 +231,21 @@ def test_the_settings_are_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o700
 
 
+def test_the_command_names_python_as_it_was_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What it is a link to now goes with the next upgrade."""
+    python = tmp_path / "python3"
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    command = hook_settings.default_command()
+    assert command.startswith(f"{python} -I -S ")
+    environment = {"HOME": str(tmp_path), "CONTEXTUATE_INBOX": str(tmp_path / "in")}
+    payload = b'{"hook_event_name": "Stop", "session_id": "s"}'
+    subprocess.run(["sh", "-c", command], input=payload, env=environment, check=True, timeout=60)
+    assert len(list((tmp_path / "in").iterdir())) == 1
+
+
 def test_an_installation_without_the_script_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook_settings, "_SCRIPT", "missing.py")
     with pytest.raises(ConfigurationError, match="^missing.py is missing"):
@@ -283,6 +298,37 @@ def test_install_show_and_uninstall(path: Path, run: Run) -> None:
     assert run("install", "--all", "--command", "mine", "--yes")[0] == 0
     assert set(hook_settings.installed(path).values()) == {"mine # contextuate-persist"}
     assert len(hook_settings.installed(path)) == 31
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_program_that_is_gone_is_told(
+    path: Path, run: Run, tmp_path: Path, options: list[str]
+) -> None:
+    python = tmp_path / "3.12.1" / "python \x1b"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    command = f"'{python}' -I {path} || true"
+    run("install", "--yes", "--command", command)
+    _, out, err = run("show", *options)
+    assert err == ""
+    python.unlink()
+    status, shown, err = run("show", *options)
+    assert (status, shown) == (0, out)
+    assert err == (
+        f"{tmp_path}/3.12.1/python \\x1b does not exist, but hooks run it: "
+        "`contextuate-persist hook install` again\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["it's", "", "emit >/nowhere/x", "python3 -c '/ 1'", "~/emit", "/no/$USER/emit", "/bin/sh; x"],
+)
+def test_a_command_that_only_a_shell_knows_is_shown_as_it_is(
+    path: Path, run: Run, command: str
+) -> None:
+    run("install", "--yes", "--command", command)
+    assert run("show")[::2] == (0, "")
 
 
 def test_json_output_is_json_lines(path: Path, run: Run) -> None:
