@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 import uuid
@@ -16,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from contextuate_persist import (
     Cursor,
+    Forgotten,
     MessageUsage,
     MonitorEvent,
     SessionMeta,
@@ -171,8 +173,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(subject=subjects)
     def forget(self, subject: dict[str, str]) -> None:
+        # Who was only named has a row or not, by the way in which it was named.
+        named = {name for name, known in self.model.known.items() if known.source == "reference"}
         dry = self.store.forget(**subject, dry_run=True)  # type: ignore[arg-type]
-        assert self.store.forget(**subject) == dry == self.model.forget(**subject)  # type: ignore[arg-type]
+        done = self.store.forget(**subject)  # type: ignore[arg-type]
+        assert done == dry
+        assert self._but(named, done) == self._but(named, self.model.forget(**subject))
+
+    @staticmethod
+    def _but(named: set[str], forgotten: Forgotten) -> Forgotten:
+        ids = tuple(one for one in forgotten.session_ids if one not in named)
+        return dataclasses.replace(forgotten, session_ids=ids)
 
     @rule(older_than=times)
     def prune(self, older_than: int) -> None:
