@@ -175,7 +175,9 @@ class Inbox:
         bad.mkdir(mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             (self.directory / name).rename(bad / name)
-            (bad / f"{name}{_WHY}").write_text(reason + "\n", encoding="utf-8", errors="replace")
+            with contextlib.suppress(OSError):  # a full disk; the log has the reason, too
+                note = bad / f"{name}{_WHY}"
+                note.write_text(reason + "\n", encoding="utf-8", errors="replace")
         self._taken.discard(name)
 
 

@@ -129,6 +129,16 @@ def test_a_file_that_cannot_be_read_just_now_waits_and_holds_up_nobody(
     assert not (tmp_path / "bad").exists()
 
 
+def test_a_file_whose_note_cannot_be_written_is_set_aside_nevertheless(tmp_path: Path) -> None:
+    names = [leave(tmp_path, b"bad"), leave(tmp_path, b"good")]
+    (tmp_path / "bad" / f"{names[0]}.why").mkdir(parents=True)
+    with Inbox(tmp_path) as inbox:
+        assert [name for name, _ in inbox.take()] == names
+        inbox.set_aside(names[0], "no JSON")
+        assert (tmp_path / "bad" / names[0]).read_bytes() == b"bad"
+        assert inbox._taken == {names[1]}
+
+
 def test_one_process_takes_at_a_time(tmp_path: Path) -> None:
     program = f"""
 import sys
