@@ -46,7 +46,7 @@ from contextuate_persist.transcripts import read_usage
 HOME = Path.home() / ".contextuate" / "monitor"
 log = logging.getLogger("monitor_daemon")
 LOOK_SECONDS = 0.1  # between looks into the inbox
-AGAIN_SECONDS = 2.0  # between tries while the database is away
+AGAIN_SECONDS = 2.0  # between tries while the database is away, or the disk is full
 KNOWN_SESSIONS = 10_000  # whose state is kept in memory
 BY_PEOPLE = ("label", "is_pinned", "hidden", "manual_parent_session_id")
 SETTABLE = {SESSION_WIRE[name]: name for name in BY_PEOPLE}
@@ -120,15 +120,31 @@ class Monitor:
     # --- What hooks tell --------------------------------------------------------------------------
 
     async def _take_files(self) -> None:
+        failing = False
         while True:
-            for name, content in self.inbox.take():
-                try:
-                    event = Capture.parse(content).to_event()
-                except InvalidRecord as error:
-                    self.inbox.set_aside(name, str(error))
-                else:
-                    await self.take(event, name)
-            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                for name, content in self.inbox.take():
+                    await self._take_file(name, content)
+            except (OSError, PersistenceError) as error:  # a full disk, a full spool
+                if not failing:
+                    log.warning("files stay in the inbox: %s", error)
+                failing = True
+                await asyncio.sleep(AGAIN_SECONDS)
+            else:
+                failing = False
+                await asyncio.sleep(LOOK_SECONDS)
+
+    async def _take_file(self, name: str, content: bytes) -> None:
+        try:
+            event = Capture.parse(content).to_event()
+        except InvalidRecord as error:
+            self.inbox.set_aside(name, str(error))
+            return
+        try:
+            await self.take(event, name)
+        except PersistenceError:
+            self.inbox.give_back(name)
+            raise
 
     async def take(self, event: MonitorEvent, name: str | None = None) -> AsyncReceipt | None:
         """Hand an event over; a file's goes once the event is safe. None if nobody wants it."""
@@ -136,14 +152,7 @@ class Monitor:
             if name is not None:
                 self.inbox.done(name)
             return None
-        try:
-            receipt = await self.writer.put(event)
-        except PersistenceError as error:  # the spool is full: later, perhaps
-            if name is None:
-                raise
-            log.warning("%s stays in the inbox: %s", name, error)
-            self.inbox.give_back(name)
-            return None
+        receipt = await self.writer.put(event)
         self._begin(self._settle(event, name, receipt))
         return receipt
 

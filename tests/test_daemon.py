@@ -23,6 +23,7 @@ from tests.builders import T0
 from tests.conftest import Database
 
 ROOT = Path(__file__).parent.parent
+NOWHERE = "postgresql://127.0.0.1:1/nobody?connect_timeout=1"
 
 
 class Daemon:
@@ -84,6 +85,15 @@ def eventually(check: Any, seconds: float = 60) -> Any:
 @pytest.fixture
 def daemon(database: Database, tmp_path: Path) -> Iterator[Daemon]:
     made = Daemon(database.url, tmp_path)
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.kill()
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon whose database is away."""
+    made = Daemon(NOWHERE, tmp_path)
     yield made
     if made.process is not None and made.process.poll() is None:
         made.kill()
@@ -234,6 +244,31 @@ def test_files_that_nobody_understands_are_set_aside(daemon: Daemon, store: Base
     assert not (daemon.inbox / good).exists()
 
 
+def test_a_file_that_cannot_be_set_aside_keeps_no_others_from_being_taken(alone: Daemon) -> None:
+    inbox.leave(alone.inbox, b"nobody understands this")
+    (alone.inbox / "bad").write_bytes(b"in the way")
+    inbox.leave(alone.inbox, file_of(a_day(1)[0], T0))
+    alone.start()
+    eventually(lambda: alone.ask(do="health")["accepted"] == 1)
+
+
+def test_while_the_spool_is_full_files_stay_in_the_inbox_which_is_told_once(alone: Daemon) -> None:
+    dead = alone.place / "spool" / "dead"
+    for place in (dead.parent, dead):
+        place.mkdir(mode=0o700)
+    with (dead / "large").open("wb") as file:
+        file.truncate(2**31)
+    for n, payload in enumerate(a_day(1)):
+        inbox.leave(alone.inbox, file_of(payload, T0 + n))
+    alone.start()
+    eventually(lambda: "in the inbox" in alone.log())
+    time.sleep(0.5)
+    assert alone.log().count("in the inbox") == 1
+    (dead / "large").unlink()
+    eventually(lambda: alone.ask(do="health")["accepted"] == len(a_day(1)))
+    eventually(lambda: not list(alone.inbox.glob("*.json")))
+
+
 def test_what_streams_is_not_kept(daemon: Daemon, store: BaseStore) -> None:
     payload = {"session_id": "s", "hook_event_name": "MessageDisplay", "delta": "x"}
     inbox.leave(daemon.inbox, file_of(payload, T0))
@@ -275,7 +310,7 @@ def test_a_folder_fed_twice_and_a_daemon_killed_in_the_middle_double_nothing(
 
 
 def test_questions_while_the_database_is_away_are_answered_with_the_reason(tmp_path: Path) -> None:
-    daemon = Daemon("postgresql://127.0.0.1:1/nobody?connect_timeout=1", tmp_path)
+    daemon = Daemon(NOWHERE, tmp_path)
     try:
         daemon.start()
         assert daemon.ask(do="hook", payload=a_day(1)[0]) == {"safe": True}
