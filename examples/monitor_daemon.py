@@ -63,7 +63,10 @@ class Monitor:
         self._reachable = asyncio.Event()
         self._states: dict[str, SessionState] = {}
         self._offsets: dict[str, int] = {}
-        self._turns = [asyncio.Lock() for _ in range(64)]  # sessions by their hash
+        # What events tell their sessions once they are stored, and the transcripts to read then. Of
+        # the events themselves there may be more than fit into memory while the database is away.
+        self._news: dict[str, tuple[SessionState, frozenset[str]]] = {}
+        self._last: AsyncReceipt | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, stop: asyncio.Event, path: Path) -> None:
@@ -76,6 +79,7 @@ class Monitor:
                 os.umask(before)
                 self._begin(self._reach_database())
                 self._begin(self._take_files())
+                self._begin(self._follow())
                 await stop.wait()
                 server.close()
                 path.unlink(missing_ok=True)
@@ -103,9 +107,8 @@ class Monitor:
                 log.warning("the database is away: %s", error)
                 await asyncio.sleep(AGAIN_SECONDS)
         # What an earlier process had stored but not yet told its sessions.
-        recent = await self._patiently(lambda: self.store.get_all_recent_events(2000))
-        for session_id in dict.fromkeys(event.session_id for event in recent):
-            await self._follow(session_id)
+        for event in await self._patiently(lambda: self.store.get_all_recent_events(2000)):
+            self._note(event)
 
     async def _patiently(self, work: Callable[[], Awaitable[Any]]) -> Any:
         """Do something with the database, again while it is away."""
@@ -152,36 +155,52 @@ class Monitor:
             if name is not None:
                 self.inbox.done(name)
             return None
-        receipt = await self.writer.put(event)
-        self._begin(self._settle(event, name, receipt))
+        self._last = receipt = await self.writer.put(event)
+        self._note(event)
+        if name is not None:
+            self._begin(self._remove(name, receipt))
         return receipt
 
-    async def _settle(self, event: MonitorEvent, name: str | None, receipt: AsyncReceipt) -> None:
-        if name is not None and await receipt.wait_safe():
+    async def _remove(self, name: str, receipt: AsyncReceipt) -> None:
+        if await receipt.wait_safe():
             self.inbox.done(name)
-        if await receipt.wait_stored() and receipt.refusal is None:
-            await self._follow(event.session_id, event)
 
     # --- Sessions follow their events -------------------------------------------------------------
 
-    async def _follow(self, session_id: str, event: MonitorEvent | None = None) -> None:
-        """Let a session know what its stored events tell; one at a time for each session."""
-        async with self._turns[hash(session_id) % 64]:
-            state = self._states.pop(session_id, None)
-            if state is None:
-                events = await self._patiently(lambda: self.store.get_events(session_id))
-                state = SessionState.of(*events)
-            if event is not None:
-                state |= SessionState.of(event)
-            if len(self._states) >= KNOWN_SESSIONS:
-                self._states.clear()  # what is needed again is read again
-            self._states[session_id] = state
-            with contextlib.suppress(SessionNotFound):  # deleted, and nothing newer came
-                known = await self._patiently(lambda: self.store.get_session(session_id))
-                if known and (fields := state.updates(known)):
-                    await self._patiently(lambda: self.store.update_session(session_id, **fields))
-                if event is not None and (path := usage_path(event)):
-                    await self._count_tokens(session_id, path)
+    def _note(self, event: MonitorEvent) -> None:
+        state, paths = self._news.get(event.session_id, (SessionState(), frozenset()))
+        if path := usage_path(event):
+            paths |= {path}
+        self._news[event.session_id] = (state | SessionState.of(event), paths)
+
+    async def _follow(self) -> None:
+        """Let sessions know what their events tell, once these are stored."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            news, self._news = self._news, {}
+            if self._last is not None:
+                await self._last.wait_stored()
+            for session_id, (state, paths) in news.items():
+                try:
+                    await self._tell(session_id, state, paths)
+                except Exception:  # one session's trouble is not another's
+                    log.exception("session %s does not follow its events", ascii(session_id))
+
+    async def _tell(self, session_id: str, state: SessionState, paths: frozenset[str]) -> None:
+        known = self._states.pop(session_id, None)
+        if known is None:
+            events = await self._patiently(lambda: self.store.get_events(session_id))
+            known = SessionState.of(*events)
+        state |= known
+        if len(self._states) >= KNOWN_SESSIONS:
+            self._states.clear()  # what is needed again is read again
+        self._states[session_id] = state
+        with contextlib.suppress(SessionNotFound):  # deleted, and nothing newer came
+            session = await self._patiently(lambda: self.store.get_session(session_id))
+            if session and (fields := state.updates(session)):
+                await self._patiently(lambda: self.store.update_session(session_id, **fields))
+            for path in paths:
+                await self._count_tokens(session_id, path)
 
     async def _count_tokens(self, session_id: str, path: str) -> None:
         with contextlib.suppress(OSError):  # somebody else's file: no reason to stumble

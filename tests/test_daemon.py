@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import json
 import os
 import signal
@@ -16,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from contextuate_persist import inbox, open_store
+from contextuate_persist import MonitorEvent, inbox, open_store
 from contextuate_persist.base import BaseStore
-from contextuate_persist.hooks import new_event_id, payload_of, session_key
+from contextuate_persist.hooks import hook_event, new_event_id, payload_of, session_key
+from examples.monitor_daemon import Monitor
 from tests.builders import T0
 from tests.conftest import Database
 
@@ -185,6 +188,7 @@ def test_questions_are_answered_and_people_may_change_sessions(
     eventually(lambda: daemon.ask(do="health")["pending"] == 0)
     [root] = [s for s in daemon.ask(do="sessions")["sessions"] if "parentSessionId" not in s]
     name = root["sessionId"]
+    eventually(lambda: told(store, name)[:2] == ("completed", "Total 0"))
     events = daemon.ask(do="events", session=name, limit=3)["events"]
     assert [event["eventType"] for event in events][-1] == "session_end"
     before = daemon.ask(do="events", session=name, limit=50, before=events[0]["cursor"])["events"]
@@ -230,6 +234,32 @@ def test_tokens_of_a_transcript_are_counted_once_for_each_message(
     daemon.ask(do="hook", payload=stop)
     eventually(lambda: store.get_session("s").token_usage.total_input == 11)  # type: ignore[union-attr]
     assert store.get_session("s").token_usage.total_output == 6  # type: ignore[union-attr]
+
+
+def at(when: int, session: str, name: str, **fields: Any) -> MonitorEvent:
+    payload = {"session_id": session, "hook_event_name": name, **fields}
+    return hook_event(payload, captured_at=when, machine_id="laptop")
+
+
+def test_while_the_database_is_away_memory_holds_no_event_that_is_safe(tmp_path: Path) -> None:
+    async def take_many() -> tuple[int, int]:
+        monitor = Monitor(NOWHERE, tmp_path / "inbox", tmp_path / "spool")
+        await monitor.writer.init()
+        try:
+            for n in range(500):
+                receipt = await monitor.take(at(T0 + n, f"s{n % 5}", "Stop", transcript_path="/t"))
+                assert receipt is not None
+                if n >= 498:  # the writer lets go of a group when the next one comes
+                    assert await receipt.wait_safe()
+            held = sum(isinstance(one, MonitorEvent) for one in gc.get_objects())
+            return held, len(asyncio.all_tasks())
+        finally:
+            await monitor.writer.close(0)
+            await monitor.store.close()
+
+    events, tasks = asyncio.run(take_many())
+    assert events < 10
+    assert tasks < 10
 
 
 def test_files_that_nobody_understands_are_set_aside(daemon: Daemon, store: BaseStore) -> None:
