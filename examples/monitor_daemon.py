@@ -33,6 +33,7 @@ from contextuate_persist import (
     MonitorEvent,
     PersistenceError,
     SessionNotFound,
+    StorageFull,
     StoreRefused,
     StoreUnavailable,
     open_store,
@@ -41,12 +42,15 @@ from contextuate_persist.hooks import STREAMING, Capture, hook_event
 from contextuate_persist.inbox import Inbox
 from contextuate_persist.lifecycle import SessionState, usage_path
 from contextuate_persist.model import SESSION_WIRE
+from contextuate_persist.spool import spool_state
 from contextuate_persist.transcripts import read_usage
+from contextuate_persist.writer import default_spool
 
 HOME = Path.home() / ".contextuate" / "monitor"
 log = logging.getLogger("monitor_daemon")
 LOOK_SECONDS = 0.1  # between looks into the inbox
 AGAIN_SECONDS = 2.0  # between tries while the database is away, or the disk is full
+DAY = 86_400_000  # ms
 KNOWN_SESSIONS = 10_000  # whose state is kept in memory
 BY_PEOPLE = ("label", "is_pinned", "hidden", "manual_parent_session_id")
 SETTABLE = {SESSION_WIRE[name]: name for name in BY_PEOPLE}
@@ -55,9 +59,10 @@ SETTABLE = {SESSION_WIRE[name]: name for name in BY_PEOPLE}
 class Monitor:
     """The daemon's parts: an inbox, a writer, a store, and what it knows of sessions."""
 
-    def __init__(self, url: str | None, inbox: Path, spool: Path | None) -> None:
+    def __init__(self, url: str | None, inbox: Path, spool: Path) -> None:
         store = open_store(url)
         self.store = AsyncStore(store)
+        self.spool = spool
         self.writer = AsyncEventWriter(EventWriter(store, spool_directory=spool))
         self.inbox = Inbox(inbox)
         self._reachable = asyncio.Event()
@@ -72,12 +77,13 @@ class Monitor:
     async def run(self, stop: asyncio.Event, path: Path) -> None:
         """Take what comes and answer on the socket until told to stop, then close in order."""
         with self.inbox:
+            left = await asyncio.to_thread(spool_state, self.spool)
             async with self.writer:
                 path.unlink(missing_ok=True)  # of a daemon that was killed: the inbox is ours now
                 before = os.umask(0o177)
                 server = await asyncio.start_unix_server(self.serve, path, limit=2**26)
                 os.umask(before)
-                self._begin(self._reach_database())
+                self._begin(self._reach_database(left.oldest))
                 self._begin(self._take_files())
                 self._begin(self._follow())
                 await stop.wait()
@@ -98,7 +104,7 @@ class Monitor:
         if not task.cancelled() and (error := task.exception()):
             log.error("a task failed", exc_info=error)
 
-    async def _reach_database(self) -> None:
+    async def _reach_database(self, left_since: int | None) -> None:
         while not self._reachable.is_set():
             try:
                 await self.store.init()
@@ -106,17 +112,25 @@ class Monitor:
             except PersistenceError as error:
                 log.warning("the database is away: %s", error)
                 await asyncio.sleep(AGAIN_SECONDS)
-        # What an earlier process had stored but not yet told its sessions.
-        for event in await self._patiently(lambda: self.store.get_all_recent_events(2000)):
+        await self.writer.flush()
+        await self._patiently(lambda: self._catch_up(left_since))
+
+    async def _catch_up(self, left_since: int | None) -> None:
+        """Note what an earlier process has stored, or left in the spool, and told no session."""
+        for event in await self.store.get_all_recent_events(2000):
             self._note(event)
+        if left_since is not None:
+            # What was spooled then may have lain in the inbox before.
+            async for event in self.store.iter_events(after=left_since - DAY):
+                self._note(event)
 
     async def _patiently(self, work: Callable[[], Awaitable[Any]]) -> Any:
-        """Do something with the database, again while it is away."""
+        """Do something with the database, again while it is away or full."""
         while True:
             await self._reachable.wait()
             try:
                 return await work()
-            except (StoreUnavailable, StoreRefused) as error:
+            except (StoreUnavailable, StoreRefused, StorageFull) as error:
                 log.warning("trying again: %s", error)
                 await asyncio.sleep(AGAIN_SECONDS)
 
@@ -270,8 +284,12 @@ async def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--url", help="the database; without it what open_store() takes")
-    parser.add_argument("--spool", type=Path)
-    for name, default in {"--inbox": HOME / "inbox", "--socket": HOME / "daemon.sock"}.items():
+    places = {
+        "--inbox": HOME / "inbox",
+        "--spool": default_spool(),
+        "--socket": HOME / "daemon.sock",
+    }
+    for name, default in places.items():
         parser.add_argument(name, type=Path, default=default)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     asyncio.run(main(parser.parse_args()))

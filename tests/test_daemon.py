@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from contextuate_persist import MonitorEvent, inbox, open_store
+from contextuate_persist import EventWriter, MonitorEvent, inbox, open_store
 from contextuate_persist.base import BaseStore
 from contextuate_persist.hooks import hook_event, new_event_id, payload_of, session_key
 from examples.monitor_daemon import Monitor
@@ -214,31 +214,66 @@ def test_questions_are_answered_and_people_may_change_sessions(
     assert daemon.socket.stat().st_mode & 0o777 == 0o600
 
 
+LINE = {
+    "type": "assistant",
+    "timestamp": "2026-01-05T09:00:00.000Z",
+    "message": {"id": "m1", "usage": {"input_tokens": 10, "output_tokens": 5}},
+}
+
+
+def tokens(store: BaseStore, name: str) -> tuple[int, int]:
+    found = store.get_session(name)
+    assert found is not None
+    return found.token_usage.total_input, found.token_usage.total_output
+
+
 def test_tokens_of_a_transcript_are_counted_once_for_each_message(
     daemon: Daemon, store: BaseStore, tmp_path: Path
 ) -> None:
     transcript = tmp_path / "t.jsonl"
-    line = {
-        "type": "assistant",
-        "timestamp": "2026-01-05T09:00:00.000Z",
-        "message": {"id": "m1", "usage": {"input_tokens": 10, "output_tokens": 5}},
-    }
-    second = {**line, "message": {"id": "m2", "usage": {"input_tokens": 1, "output_tokens": 1}}}
-    transcript.write_text(json.dumps(line) + "\n" + json.dumps(line) + "\n")
+    second = {**LINE, "message": {"id": "m2", "usage": {"input_tokens": 1, "output_tokens": 1}}}
+    transcript.write_text(2 * (json.dumps(LINE) + "\n"))
     daemon.start()
     stop = {"session_id": "s", "hook_event_name": "Stop", "transcript_path": str(transcript)}
     daemon.ask(do="hook", payload=stop)
-    eventually(lambda: store.get_session("s").token_usage.total_input == 10)  # type: ignore[union-attr]
+    eventually(lambda: tokens(store, "s") == (10, 5))
     with transcript.open("a") as file:
         file.write(json.dumps(second) + "\n")
     daemon.ask(do="hook", payload=stop)
-    eventually(lambda: store.get_session("s").token_usage.total_input == 11)  # type: ignore[union-attr]
-    assert store.get_session("s").token_usage.total_output == 6  # type: ignore[union-attr]
+    eventually(lambda: tokens(store, "s") == (11, 6))
 
 
 def at(when: int, session: str, name: str, **fields: Any) -> MonitorEvent:
     payload = {"session_id": session, "hook_event_name": name, **fields}
     return hook_event(payload, captured_at=when, machine_id="laptop")
+
+
+def test_what_an_earlier_daemon_left_in_the_spool_reaches_its_sessions(
+    daemon: Daemon, store: BaseStore
+) -> None:
+    transcript = daemon.place / "t.jsonl"
+    transcript.write_text(json.dumps(LINE) + "\n")
+    start = time.time_ns() // 1_000_000
+    with EventWriter(open_store(NOWHERE), spool_directory=daemon.place / "spool") as writer:
+        writer.put(at(start, "s", "SessionStart", model="m", session_title="Total"))
+        writer.put(at(start + 1, "s", "SessionEnd", transcript_path=str(transcript)))
+        for n in range(2500):
+            writer.put(at(start + 2 + n, "other", "UserPromptSubmit", prompt="x"))
+        assert writer.close(0) == 2502
+    daemon.start()
+    eventually(lambda: told(store, "s") == ("completed", "Total", "m", None))
+    eventually(lambda: tokens(store, "s") == (10, 5))
+
+
+def test_what_an_earlier_daemon_stored_last_reaches_its_sessions(
+    daemon: Daemon, store: BaseStore
+) -> None:
+    transcript = daemon.place / "t.jsonl"
+    transcript.write_text(json.dumps(LINE) + "\n")
+    store.save_event(at(T0, "s", "SessionEnd", transcript_path=str(transcript)))
+    daemon.start()
+    eventually(lambda: tokens(store, "s") == (10, 5))
+    assert told(store, "s")[0] == "completed"
 
 
 def test_while_the_database_is_away_memory_holds_no_event_that_is_safe(tmp_path: Path) -> None:
