@@ -80,9 +80,7 @@ class Monitor:
             left = await asyncio.to_thread(spool_state, self.spool)
             async with self.writer:
                 path.unlink(missing_ok=True)  # of a daemon that was killed: the inbox is ours now
-                before = os.umask(0o177)
                 server = await asyncio.start_unix_server(self.serve, path, limit=2**26)
-                os.umask(before)
                 self._begin(self._reach_database(left.oldest))
                 self._begin(self._take_files())
                 self._begin(self._follow())
@@ -274,6 +272,7 @@ def _listed(events: list[MonitorEvent]) -> list[dict[str, Any]]:
 
 
 async def main(args: argparse.Namespace) -> None:
+    os.umask(0o077)  # for the socket; while there are no threads yet, which would share a change
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
