@@ -27,6 +27,7 @@ from contextuate_persist import (
     AsyncEventWriter,
     AsyncReceipt,
     AsyncStore,
+    ConfigurationError,
     Cursor,
     EventWriter,
     InvalidRecord,
@@ -76,17 +77,21 @@ class Monitor:
 
     async def run(self, stop: asyncio.Event, path: Path) -> None:
         """Take what comes and answer on the socket until told to stop, then close in order."""
+        require_unused(path)
         with self.inbox:
             left = await asyncio.to_thread(spool_state, self.spool)
             async with self.writer:
-                path.unlink(missing_ok=True)  # of a daemon that was killed: the inbox is ours now
+                # Replaces a socket that is there, of a daemon that was killed, but no other file.
                 server = await asyncio.start_unix_server(self.serve, path, limit=2**26)
+                ours = path.stat().st_ino
                 self._begin(self._reach_database(left.oldest))
                 self._begin(self._take_files())
                 self._begin(self._follow())
                 await stop.wait()
                 server.close()
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_ino == ours:
+                        path.unlink()
                 for task in self._tasks:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -265,6 +270,15 @@ class Monitor:
         else:
             raise ValueError(f"nobody knows how to do {do!r}")
         return {"done": True}
+
+
+def require_unused(path: Path) -> None:
+    """Raise ConfigurationError if somebody answers on this socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(1)
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            client.connect(str(path))
+            raise ConfigurationError(f"{path}: another daemon answers there")
 
 
 def _listed(events: list[MonitorEvent]) -> list[dict[str, Any]]:

@@ -334,6 +334,34 @@ def test_while_the_spool_is_full_files_stay_in_the_inbox_which_is_told_once(alon
     eventually(lambda: not list(alone.inbox.glob("*.json")))
 
 
+def fails_to_start(daemon: Daemon) -> bool:
+    daemon.start(wait=False)
+    assert daemon.process is not None
+    try:
+        return daemon.process.wait(60) != 0
+    finally:
+        daemon.kill()
+
+
+def test_a_socket_is_taken_from_nobody(alone: Daemon, tmp_path: Path) -> None:
+    alone.start()
+    (tmp_path / "second").mkdir()
+    second = Daemon(NOWHERE, tmp_path / "second")
+    second.socket = alone.socket
+    assert fails_to_start(second)
+    assert "another daemon answers there" in second.log()
+    assert "pending" in alone.ask(do="health")
+    second.socket = tmp_path / "file"
+    second.socket.write_bytes(b"somebody's")
+    assert fails_to_start(second)
+    assert second.socket.read_bytes() == b"somebody's"
+    alone.socket.unlink()
+    with socket.socket(socket.AF_UNIX) as another:
+        another.bind(str(alone.socket))
+        assert alone.stop() == 0
+        assert alone.socket.is_socket()
+
+
 def test_what_streams_is_not_kept(daemon: Daemon, store: BaseStore) -> None:
     payload = {"session_id": "s", "hook_event_name": "MessageDisplay", "delta": "x"}
     inbox.leave(daemon.inbox, file_of(payload, T0))
