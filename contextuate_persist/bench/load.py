@@ -6,6 +6,7 @@ in ten above 4.9 kB, one in a hundred above 18.7 kB, single ones of 100 kB to 1.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import uuid
@@ -72,14 +73,7 @@ class Load:
         self._events_per_second = events_per_second
         #: Events of the sessions that run side by side; then the next ones begin.
         self.round = session_events * CONCURRENT_SESSIONS
-        words = [delimiter if word == "DELIMITER" else word for word in _WORDS]
-        rng = random.Random(20_260_101)  # noqa: S311  (repeatable, not secret)
-        kinds = [kind for *kind, weight in _TYPES for _ in range(weight)]
-        self._kinds = [rng.choice(kinds) for _ in range(_PAYLOADS)]
-        self._payloads = [
-            _payload(rng, words, self._kinds[i][0], _HUGE.get(i) or _size(rng))
-            for i in range(_PAYLOADS)
-        ]
+        self._kinds, self._payloads = _content(delimiter)
 
     def session_of(self, position: int) -> str:
         """Which session the event belongs to: some run side by side, and others follow them."""
@@ -170,6 +164,19 @@ def _scrambled(number: int, salt: int) -> int:
     value = (number << 8 | salt) * 0x9E3779B97F4A7C15F39CC0605CEDC835
     value ^= value >> 64
     return value * 0xD1B54A32D192ED03A24BAED4963EE407 % (1 << 128)
+
+
+@functools.cache  # two seconds of work
+def _content(delimiter: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """The kinds of events and their payloads, which come again and again."""
+    words = [delimiter if word == "DELIMITER" else word for word in _WORDS]
+    rng = random.Random(20_260_101)  # noqa: S311  (repeatable, not secret)
+    kinds = [kind for *kind, weight in _TYPES for _ in range(weight)]
+    chosen = [rng.choice(kinds) for _ in range(_PAYLOADS)]
+    payloads = [
+        _payload(rng, words, chosen[i][0], _HUGE.get(i) or _size(rng)) for i in range(_PAYLOADS)
+    ]
+    return chosen, payloads
 
 
 def _size(rng: random.Random) -> int:

@@ -90,6 +90,7 @@ class Scale:
     step: int = 100_000
     original: int = 700_000  # events in the original's tables
     rounds: int = 5
+    blocks: int = 5  # batches in turn of each round
     calls: int = 300  # of each query
     seconds: float = 2.0  # for each number of threads
     pruned: int = 100_000
@@ -99,13 +100,20 @@ class Scale:
         """The usual proportions for this many events."""
         part = max(2, min(10, events // 20_000))
         step = events // part // BATCH * BATCH or BATCH
+        # With few events there is little to tell; with hardly any, only that everything works.
+        rounds, blocks, calls, seconds = 5, 5, 300, 2.0
+        if events < 100_000:
+            rounds, calls, seconds = 3, 50, 0.5
+        if events < 10_000:
+            rounds, blocks, calls, seconds = 2, 1, 20, 0.1
         return cls(
             events=step * part,
             step=step,
             original=step * max(1, part * 7 // 10),
-            rounds=5 if events >= 100_000 else 3,
-            calls=300 if events >= 100_000 else 50,
-            seconds=2.0 if events >= 100_000 else 0.5,
+            rounds=rounds,
+            blocks=blocks,
+            calls=calls,
+            seconds=seconds,
             pruned=step,
         )
 
@@ -350,7 +358,7 @@ class Suite:
 
     def ingest(self) -> None:
         """Batches, in turns with the server's limit and with what a user would write instead."""
-        rounds, blocks = self.scale.rounds, 5
+        rounds, blocks = self.scale.rounds, self.scale.blocks
         events = blocks * BATCH
 
         def fresh(other: Load | None = None) -> list[list[list[MonitorEvent]]]:
@@ -373,10 +381,9 @@ class Suite:
             "save_events, all repeats": lambda i: [self._save(one, new=0) for one in seen[i]],
         }
         # The driver of the rivals fails on the word DELIMITER, and then stores nothing.
-        harmless = Load("DELIMITED")
         for rival in self.rivals:
             rival.create()
-            work = fresh(harmless)
+            work = fresh(Load("DELIMITED"))
             contenders[rival.name] = lambda i, r=rival, w=work: [r.save(one) for one in w[i]]  # type: ignore[misc]
         found = rates(contenders, rounds=rounds, events=events)
         found["save_events, 10% repeats"] *= 0.9  # only what was new counts
