@@ -763,17 +763,18 @@ class BaseStore(ABC):
     def update_session(self, session_id: str, **fields: Unpack[SessionFields]) -> None:
         model.check_id("session_id", session_id)
         values = records.update_parameters(fields)
-
+        linked = fields.get("parent_session_id") is not None
         counts = fields.get("token_usage") is not None
 
         def update(connection: Any) -> None:
-            if counts:  # or the ledger may decide, as in a save
+            # Or the ledger may decide, as in a save. With a new parent both are locked in order.
+            if counts and not linked:
                 self._hold_sessions(connection, [session_id])
             if not self._update_session(connection, session_id, values):
                 raise SessionNotFound(session_id)
 
         # A new parent is locked, and perhaps made, first.
-        self._run(update, transaction=counts or fields.get("parent_session_id") is not None)
+        self._run(update, transaction=counts or linked)
 
     def save_usage(self, session_id: str, usages: Iterable[MessageUsage]) -> int:
         model.check_id("session_id", session_id)
