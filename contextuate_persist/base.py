@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from contextuate_persist.schema import Migration, SchemaSession
 
 T = TypeVar("T")
+E = TypeVar("E", CheckedEvent, EventRow)
 #: An event on its way in, encoded already or just before it is sent.
 Event: TypeAlias = CheckedEvent | EventRow
 
@@ -338,10 +339,8 @@ class BaseStore(ABC):
         stored = 0
         for chunk in self._chunks(rows):
             stored += self._bisect(chunk, undelete, refused)
-        if refused and again:  # what has not got in with the first may get in with the second
-            missing = {refusal.id for refusal in refused}
-            for row in self._encodable([row for row in again if row.id in missing], refused):
-                stored += self._bisect([row], undelete, refused)
+        for row in self._encodable(_refused_before(again, refused), refused):
+            stored += self._bisect([row], undelete, refused)
         refused.sort(key=lambda refusal: refusal.index)
         if skip:
             return SaveResult(stored=stored, refused=tuple(refused))
@@ -350,6 +349,7 @@ class BaseStore(ABC):
         return stored
 
     def _encodable(self, checked: list[CheckedEvent], refused: list[Refusal]) -> list[EventRow]:
+        """The rows of those that can be encoded; the others are refused."""
         rows: list[EventRow] = []
         for row in checked:
             try:
@@ -376,11 +376,8 @@ class BaseStore(ABC):
         stored = 0
         for chunk in self._chunks([*wanted.values()]):
             stored += self._bisect(chunk, False, refused)
-        if refused and again:  # what has not got in with the first may get in with the second
-            missing = {refusal.id for refusal in refused}
-            for row in again:
-                if row.id in missing:
-                    stored += self._bisect([row], False, refused)
+        for row in _refused_before(again, refused):
+            stored += self._bisect([row], False, refused)
         return SaveResult(stored=stored, refused=tuple(refused))
 
     def _chunks(self, rows: list[EventRow]) -> Iterator[list[EventRow]]:
@@ -1778,6 +1775,12 @@ _ATTEMPTS = {
     Fault.STALE: 2,
     Fault.LAYOUT: _CONFLICT_ATTEMPTS,
 }
+
+
+def _refused_before(again: Sequence[E], refused: Iterable[Refusal]) -> list[E]:
+    """What has not got in with the first of its id, and may get in with the second."""
+    missing = {refusal.id for refusal in refused}
+    return [row for row in again if row.id in missing]
 
 
 def _after_fork() -> None:  # pragma: no cover  (in a forked child)
