@@ -662,7 +662,10 @@ WITH RECURSIVE state AS (
         s.session_id,
         NOT s.is_pinned
         AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
-        AND COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE) AS due
+        AND (
+            %(quiet_since)s IS NULL
+            OR COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
+        ) AS due
     FROM sessions AS s
 ),
 links (session_id, neighbour_id) AS (
@@ -687,7 +690,10 @@ SELECT
     s.effective_parent_id,
     NOT s.is_pinned
     AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
-    AND COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
+    AND (
+        %(quiet_since)s IS NULL
+        OR COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
+    )
     AND NOT EXISTS (
         SELECT 1 FROM sessions AS child
         WHERE child.effective_parent_id = s.session_id
