@@ -600,9 +600,19 @@ SET child_session_ids = COALESCE(
 WHERE session_id = %(session_id)s
 """
 
+# MAX() would read all events of the session: MySQL finds the last one alone only as the last row of
+# an index, all of which is named.
+LAST_EVENT = """(
+            SELECT e.timestamp
+            FROM events AS e
+            WHERE e.session_id = s.session_id
+            ORDER BY e.session_id DESC, e.timestamp DESC, e.seq DESC
+            LIMIT 1
+        )"""
+
 # An event dated a little later than the server's clock must not bring its session back either; but
 # one with a year to go must not keep the session's future away.
-REMEMBER_DELETIONS = """
+REMEMBER_DELETIONS = f"""
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
     s.session_id,
@@ -610,9 +620,7 @@ SELECT
         clock.now,
         LEAST(
             clock.now + 86400000,
-            COALESCE(
-                (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id), 0
-            )
+            COALESCE({LAST_EVENT}, 0)
         )
     )
 FROM sessions AS s
@@ -644,16 +652,6 @@ SELECT_SESSION_IDS = """
 SELECT s.session_id
 FROM sessions AS s
 """
-
-# MAX() would read all events of the session: MySQL finds the last one alone only as the last row of
-# an index, all of which is named.
-LAST_EVENT = """(
-            SELECT e.timestamp
-            FROM events AS e
-            WHERE e.session_id = s.session_id
-            ORDER BY e.session_id DESC, e.timestamp DESC, e.seq DESC
-            LIMIT 1
-        )"""
 
 # A session that is not due keeps everything that hangs together with it, step by step.
 SELECT_PRUNABLE = f"""
@@ -767,22 +765,20 @@ JOIN token_ledger AS t ON t.session_id = asked.session_id
 }
 
 # As REMEMBER_DELETIONS does, but by what is asked for, whether it is there or not.
-REMEMBER_FORGOTTEN = """
+REMEMBER_FORGOTTEN = f"""
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
-    asked.session_id,
+    s.session_id,
     GREATEST(
         clock.now,
         LEAST(
             clock.now + 86400000,
-            COALESCE(
-                (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = asked.session_id), 0
-            )
+            COALESCE({LAST_EVENT}, 0)
         )
     )
 FROM JSON_TABLE(
     %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
-) AS asked
+) AS s
 CROSS JOIN (SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now) AS clock
 WHERE TRUE  -- or ON would belong to the join
 ON DUPLICATE KEY UPDATE

@@ -594,9 +594,18 @@ SET child_session_ids = child_session_ids - %(session_ids)s::text[]
 WHERE child_session_ids ?| %(session_ids)s::text[]
 """
 
+# Written as for MySQL, which for max() would read all events of the session.
+LAST_EVENT = """(
+            SELECT e.timestamp
+            FROM events AS e
+            WHERE e.session_id = s.session_id
+            ORDER BY e.session_id DESC, e.timestamp DESC, e.seq DESC
+            LIMIT 1
+        )"""
+
 # An event dated a little later than the server's clock must not bring its session back either; but
 # one with a year to go must not keep the session's future away.
-REMEMBER_DELETIONS = """
+REMEMBER_DELETIONS = f"""
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
     s.session_id,
@@ -604,9 +613,7 @@ SELECT
         clock.now,
         LEAST(
             clock.now + 86400000,
-            COALESCE(
-                (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id), 0
-            )
+            COALESCE({LAST_EVENT}, 0)
         )
     )
 FROM sessions AS s
@@ -625,15 +632,6 @@ SELECT_SESSION_IDS = """
 SELECT s.session_id
 FROM sessions AS s
 """
-
-# Written as for MySQL, which for max() would read all events of the session.
-LAST_EVENT = """(
-            SELECT e.timestamp
-            FROM events AS e
-            WHERE e.session_id = s.session_id
-            ORDER BY e.session_id DESC, e.timestamp DESC, e.seq DESC
-            LIMIT 1
-        )"""
 
 # A session that is not due keeps everything that hangs together with it, step by step.
 SELECT_PRUNABLE = f"""
@@ -722,20 +720,18 @@ SELECT
 """
 
 # As REMEMBER_DELETIONS does, but by what is asked for, whether it is there or not.
-REMEMBER_FORGOTTEN = """
+REMEMBER_FORGOTTEN = f"""
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
-    asked.session_id,
+    s.session_id,
     GREATEST(
         clock.now,
         LEAST(
             clock.now + 86400000,
-            COALESCE(
-                (SELECT max(e.timestamp) FROM events AS e WHERE e.session_id = asked.session_id), 0
-            )
+            COALESCE({LAST_EVENT}, 0)
         )
     )
-FROM unnest(%(session_ids)s::text[]) AS asked (session_id)
+FROM unnest(%(session_ids)s::text[]) AS s (session_id)
 CROSS JOIN (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now) AS clock
 ON CONFLICT (session_id) DO UPDATE SET
     deleted_at = GREATEST(deleted_sessions.deleted_at, EXCLUDED.deleted_at)
