@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 FILE_BYTES = 64 * 2**20
 FILE_SESSIONS = 500
 _LEVEL = 6  # of compression
+# What has more is hashed in several statements.
+_SLICED_EVENTS = 20_000
+_SLICED_BYTES = 64 * 2**20
 
 _LOCK = ".lock"
 _NAME = "contextuate"  # how the names of its files begin
@@ -121,6 +124,12 @@ def _sole_archiver(directory: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def _is_much(step: Sequence[tuple[Tree, Weight]]) -> bool:
+    """Whether one statement would take too long to hash all that these trees have."""
+    events = sum(weight.events for _, weight in step)
+    return events > _SLICED_EVENTS or sum(weight.size for _, weight in step) > _SLICED_BYTES
+
+
 def _batches(given: Iterable[tuple[Tree, Weight]]) -> Iterator[list[tuple[Tree, Weight]]]:
     """Trees for one file each time."""
     return retention.batches(given, FILE_SESSIONS, FILE_BYTES, lambda weight: weight.size)
@@ -184,7 +193,7 @@ class _Work:
     def _delete(self, step: list[tuple[Tree, Weight]], fingerprints: Mapping[str, str]) -> None:
         begun = time.monotonic()
         states = [state for tree, _ in step for state in tree]
-        many = retention.too_much(step)
+        many = _is_much(step)
         gone = set(self._store.delete_unchanged(states, fingerprints, in_slices=many))
         for tree, weight in step:
             if tree[0].session_id in gone:
@@ -223,7 +232,7 @@ class _Work:
                 for some in retention.steps(batch):
                     # Before anything is read: whatever changes from here on, the deletion notices.
                     ids = [state.session_id for tree, _ in some for state in tree]
-                    many = retention.too_much(some)
+                    many = _is_much(some)
                     fingerprints |= self._store.fingerprints(ids, in_slices=many)
                     for tree, _ in some:
                         for state in tree:

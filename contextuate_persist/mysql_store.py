@@ -648,6 +648,16 @@ DELETE FROM sessions
 WHERE session_id IN (%(session_ids)s)
 """
 
+HAS_MANY_EVENTS = """
+SELECT 1
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN events AS e ON e.session_id = asked.session_id
+LIMIT 1
+OFFSET %(many)s
+"""
+
 SELECT_SESSION_IDS = """
 SELECT s.session_id
 FROM sessions AS s
@@ -2041,6 +2051,7 @@ class MySQLStore(BaseStore):
                 parameters = {"session_ids": listed, "session_id": session_id}
                 _execute_write(connection, UNLIST_CHILDREN, parameters)
             _send(connection, REMEMBER_DELETIONS, {"session_ids": shown})
+        self._delete_many_events(connection, ids)
         self._delete_rows(connection, ids)
         return len(shown)
 
@@ -2050,6 +2061,10 @@ class MySQLStore(BaseStore):
             _send(connection, DELETE_IDS_OF_SESSIONS, {"session_ids": ids})
             _send(connection, DELETE_EVENTS_OF_SESSIONS, {"session_ids": ids})
         _send(connection, DELETE_SESSIONS, {"session_ids": ids})
+
+    def _has_many_events(self, connection: Any, ids: list[str], many: int) -> bool:
+        asked = {"session_ids": records.json_list(ids), "many": many}
+        return bool(_execute(connection, HAS_MANY_EVENTS, asked))
 
     def _select_listing(self, connection: Any, ids: list[str]) -> list[str]:
         rows = _execute(connection, SELECT_LISTING, {"session_ids": records.json_list(ids)})
@@ -2193,14 +2208,6 @@ class MySQLStore(BaseStore):
 
     def _select_usage(self, connection: Any, session_id: str) -> list[Any]:
         return _execute(connection, SELECT_USAGE, {"session_id": session_id})
-
-    def _delete_states(self, connection: Any, ids: list[str], in_slices: bool) -> int:
-        if in_slices:
-            if shown := self._select_shown(connection, ids):
-                _send(connection, REMEMBER_DELETIONS, {"session_ids": shown})
-            while self._delete_some_events(connection, ids, base.DELETE_ROWS):
-                pass
-        return self._delete_locked(connection, ids)
 
     def _select_size(self, connection: Any) -> int:
         return int(_execute(connection, SELECT_SIZE)[0][0])

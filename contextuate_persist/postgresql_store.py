@@ -628,6 +628,14 @@ DELETE FROM sessions
 WHERE session_id = ANY(%(session_ids)s::text[])
 """
 
+HAS_MANY_EVENTS = """
+SELECT 1
+FROM events AS e
+WHERE e.session_id = ANY(%(session_ids)s::text[])
+LIMIT 1
+OFFSET %(many)s
+"""
+
 SELECT_SESSION_IDS = """
 SELECT s.session_id
 FROM sessions AS s
@@ -2382,8 +2390,15 @@ class PostgreSQLStore(BaseStore):
         if shown:
             connection.execute(UNLIST_CHILDREN, {"session_ids": shown})
             connection.execute(REMEMBER_DELETIONS, {"session_ids": shown})
+        self._delete_many_events(connection, ids)
         connection.execute(DELETE_SESSIONS, {"session_ids": ids})
         return len(shown)
+
+    def _has_many_events(
+        self, connection: psycopg.Connection[Any], ids: list[str], many: int
+    ) -> bool:
+        asked = {"session_ids": ids, "many": many}
+        return connection.execute(HAS_MANY_EVENTS, asked).fetchone() is not None
 
     def _select_session_ids(self, connection: psycopg.Connection[Any]) -> list[str]:
         return [row[0] for row in connection.execute(SELECT_SESSION_IDS)]
@@ -2528,17 +2543,6 @@ class PostgreSQLStore(BaseStore):
 
     def _select_usage(self, connection: psycopg.Connection[Any], session_id: str) -> list[Any]:
         return connection.execute(SELECT_USAGE, {"session_id": session_id}).fetchall()
-
-    def _delete_states(
-        self, connection: psycopg.Connection[Any], ids: list[str], in_slices: bool
-    ) -> int:
-        if in_slices:
-            connection.execute(
-                REMEMBER_DELETIONS, {"session_ids": self._select_shown(connection, ids)}
-            )
-            while self._delete_some_events(connection, ids, base.DELETE_ROWS):
-                pass
-        return self._delete_locked(connection, ids)
 
     def _select_size(self, connection: psycopg.Connection[Any]) -> int:
         return int(connection.execute(SELECT_SIZE).fetchall()[0][0])

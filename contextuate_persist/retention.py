@@ -40,9 +40,6 @@ DEFAULT_DAYS = 90.0
 # that a writer who waits for the disk, or for a lock, waits for a moment only.
 STEP_EVENTS = 2_000
 STEP_SESSIONS = 50
-# What has more is read and deleted in several statements, though deleted in one transaction.
-SLICED_EVENTS = 20_000
-SLICED_BYTES = 64 * 2**20
 _WEIGHED_SESSIONS = 200  # at once
 
 
@@ -220,7 +217,7 @@ def prune(
             break
         begun = time.monotonic()
         states = [state for tree, _ in step for state in tree]
-        gone = set(store.delete_unchanged(states, in_slices=too_much(step)))
+        gone = set(store.delete_unchanged(states))
         for tree, weight in step:
             done += _shown(tree)
             if tree[0].session_id in gone:
@@ -267,12 +264,6 @@ def drop_partitions(store: BaseStore, policy: RetentionPolicy, *, empty: bool = 
 def steps(given: Iterable[tuple[Tree, Weight]]) -> Iterator[list[tuple[Tree, Weight]]]:
     """Trees for one transaction each time: a few small ones, or one that is large."""
     return batches(given, STEP_SESSIONS, STEP_EVENTS, lambda weight: weight.events)
-
-
-def too_much(step: Sequence[tuple[Tree, Weight]]) -> bool:
-    """Whether one statement would take too long for all that these trees have."""
-    events = sum(weight.events for _, weight in step)
-    return events > SLICED_EVENTS or sum(weight.size for _, weight in step) > SLICED_BYTES
 
 
 def batches(

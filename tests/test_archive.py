@@ -383,7 +383,7 @@ def test_what_takes_too_long_for_one_statement_is_archived_in_slices(
         with pytest.raises(StoreUnavailable):
             hasty.fingerprints(["large"])
         assert hasty.weigh_sessions(["large"]) == weights
-        monkeypatch.setattr(retention, "SLICED_BYTES", weights["large"].size - 1)
+        monkeypatch.setattr(archives, "_SLICED_BYTES", weights["large"].size - 1)
         assert archive(hasty, tmp_path, POLICY).sessions == 1
     assert store.get_sessions() == []
     assert in_archives(tmp_path) == before

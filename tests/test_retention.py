@@ -270,19 +270,18 @@ def test_steps_are_small_and_a_large_tree_goes_alone_and_whole(
 ) -> None:
     monkeypatch.setattr(retention, "STEP_EVENTS", 10)
     monkeypatch.setattr(retention, "STEP_SESSIONS", 3)
-    monkeypatch.setattr(retention, "SLICED_EVENTS", 20)
-    monkeypatch.setattr("contextuate_persist.base.DELETE_ROWS", 7)
+    monkeypatch.setattr("contextuate_persist.base.DELETE_ROWS", 10)
     for number in range(10):
         count = 25 if number == 4 else 4
         store.save_session(session(f"s{number}", start_time=T0 + number, end_time=T0 + number))
         store.update_session(f"s{number}", status="completed", end_time=T0 + number)
         store.save_events(event(f"s{number}", T0 + number) for _ in range(count))
     delete = store.delete_unchanged
-    steps: list[tuple[int, bool]] = []
+    steps: list[int] = []
 
-    def counted(states: Any, fingerprints: Any = None, *, in_slices: bool = False) -> list[str]:
-        steps.append((len(states), in_slices))
-        return delete(states, fingerprints, in_slices=in_slices)
+    def counted(states: Any) -> list[str]:
+        steps.append(len(states))
+        return delete(states)
 
     delete_some, slices = store._delete_some_events, []
 
@@ -297,8 +296,8 @@ def test_steps_are_small_and_a_large_tree_goes_alone_and_whole(
         store, RetentionPolicy(), progress=lambda done, total: seen.append((done, total))
     )
     assert (report.sessions, report.events) == (10, 61)
-    assert steps == [(2, False), (2, False), (1, True), (2, False), (2, False), (1, False)]
-    assert slices == [7, 7, 7, 4, 0]
+    assert steps == [2, 2, 1, 2, 2, 1]
+    assert slices == [10, 10, 5]
     assert seen == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
     assert store.save_event(event("s4", T0 + 4)) is False
 

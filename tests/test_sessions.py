@@ -612,6 +612,33 @@ def test_a_deleted_session_is_taken_from_every_list(store: BaseStore, database: 
     assert [list(get(store, name).child_session_ids) for name in lists] == left
 
 
+@pytest.mark.parametrize("how", ["delete_session", "delete_all_sessions", "prune_old_sessions"])
+def test_very_many_events_are_deleted_some_at_a_time_and_remembered(
+    how: str, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("contextuate_persist.base.DELETE_ROWS", 10)
+    now = round(time.time() * 1000)
+    store.save_session(session("s", start_time=T0, end_time=T0, status="completed"))
+    events = [event("s", T0 + n) for n in range(24)]
+    last = event("s", now + DAY // 2)
+    store.save_events([*events, last])
+    delete_some, slices = store._delete_some_events, []
+
+    def counted(*arguments: Any) -> int:
+        slices.append(delete_some(*arguments))
+        return slices[-1]
+
+    monkeypatch.setattr(store, "_delete_some_events", counted)
+    given = {"delete_session": ["s"], "prune_old_sessions": [T0 + 1]}
+    getattr(store, how)(*given.get(how, []))
+    assert slices == [10, 10, 5]
+    assert store.get_sessions() == []
+    assert store.save_events([*events, last]) == 0
+    store.save_events(event("few", T0 + n) for n in range(10))
+    store.delete_session("few")
+    assert slices == [10, 10, 5], "ten are one statement's"
+
+
 def test_late_deliveries_do_not_bring_a_deleted_session_back(store: BaseStore) -> None:
     old = [event("s", T0 + i) for i in range(5)]
     store.save_events(old)
