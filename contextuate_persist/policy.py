@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from contextuate_persist.errors import ConfigurationError
-from contextuate_persist.payload import MAX_DEPTH
+from contextuate_persist.errors import ConfigurationError, InvalidRecord
+from contextuate_persist.payload import MAX_DEPTH, exact_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,11 @@ def _is_mirror(node: Any, key: str | int) -> bool:
 def _size(data: dict[str, Any], texts: list[_Text]) -> int:
     try:
         return len(orjson.dumps(data))
-    except TypeError:  # whether it can be kept at all, the store's encoder tells
+    except TypeError:  # as what has a lone surrogate, or an integer past 64 bits
+        pass
+    try:
+        return len(exact_json(data))
+    except InvalidRecord:  # whether it can be kept at all, the store's encoder tells
         return sum(text.size for text in texts)
 
 

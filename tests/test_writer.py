@@ -952,6 +952,11 @@ def test_the_largest_texts_go_until_a_payload_has_its_size() -> None:
     assert len(json.dumps(many, ensure_ascii=False).encode()) < 1.3 * 2**20
     odd = {"big": 2**80, "s": "\ud800" * 5000}
     assert policy.apply(odd)["s"] is None
+    # 37 kB of texts, and as much again around them; orjson does not write the second.
+    items = [{"key": "x" * 5} for _ in range(2500)]
+    for plain in ("a", "\ud83d"):
+        data = {"items": items, "text": "t" * 30_000, "end": plain}
+        assert PayloadPolicy(max_bytes=65_536).apply(data)["text"] is None
     with pytest.raises(ConfigurationError, match="max_bytes: 5 is not a number of bytes"):
         PayloadPolicy(max_bytes=5)
 
