@@ -96,8 +96,8 @@ def decode(
 
     MySQL reads a JSON value that has outgrown its packet limit as '', without an error.
     """
-    kept = {} if exact is None else loads_exact(exact)
     try:
+        kept = {} if exact is None else loads_exact(exact)
         data = kept["data"] if "data" in kept else orjson.loads(text)
     except ValueError as error:
         raise PersistenceError(f"a stored payload cannot be read: {error}") from error

@@ -77,6 +77,12 @@ def nested(depth: int, leaf: Any = 1) -> dict[str, Any]:
     return {"k": value}
 
 
+@pytest.mark.parametrize("kept", [b'{"data":{"n":' + b"1" * 5000 + b"}}", b"\xff", b'{"data":'])
+def test_what_cannot_be_read_back_is_an_error_of_ours(kept: bytes) -> None:
+    with pytest.raises(PersistenceError, match="^a stored payload cannot be read: "):
+        payload.decode(b"{}", kept)
+
+
 # --- On the servers -------------------------------------------------------------------------------
 
 
