@@ -150,7 +150,10 @@ def _show_report(args: argparse.Namespace, path: str, report: ImportReport) -> N
     if (more := report.refused_count - len(report.refused)) > 0:
         tell(f"{path}: and {more:,} more were refused")
     if report.deleted:
-        tell(f"{path}: {report.deleted:,} sessions stay deleted; --undelete brings them back")
+        tell(
+            f"{path}: {report.deleted:,} sessions, or their past, stay deleted; "
+            "--undelete brings them back"
+        )
     if report.files == 0 and not report.refused:
         tell(f"{path}: no session of contextuate and no *.jsonl file is below this directory")
     if args.json:

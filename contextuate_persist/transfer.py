@@ -11,10 +11,11 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -35,8 +36,8 @@ from contextuate_persist.protocol import PersistenceStore
 #: Called with the bytes done and the bytes in all, which a stream does not tell.
 Progress = Callable[[int, "int | None"], None]
 
-#: Escapes make JSON up to three times as long as the payload that they stand for.
-MAX_LINE_BYTES = 4 * MAX_PAYLOAD_BYTES
+#: Escapes make JSON up to six times as long as the payload that they stand for: DEL is \u007f.
+MAX_LINE_BYTES = 7 * MAX_PAYLOAD_BYTES
 #: How many refusals are kept in words; all are counted.
 REFUSALS_SHOWN = 1000
 
@@ -70,8 +71,8 @@ class ImportReport:
     `lines` are the events that were read, empty lines not among them. `already_there` are those
     that changed nothing: stored before, twice in the files, or of a session that was deleted since.
     `refused` names each bad line as FILE:LINE: FIELD: REASON, the first thousand of them, and
-    `refused_count` counts them all. `deleted` are sessions of archives that stay deleted, for want
-    of `undelete`.
+    `refused_count` counts them all. `deleted` are sessions of archives that stay deleted, or whose
+    past does, for want of `undelete`.
     """
 
     files: int
@@ -169,14 +170,22 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _files_below(root: Path, refuse: Callable[[str, str], None]) -> list[Path]:
     """The files to read, in order: of a file store, each session's meta.json before its events."""
-    if (root / "meta.json").is_file():
+    if _size(root / "meta.json") is not None:
         return _files_of_session(root)
     sessions = root / "sessions" if (root / "sessions").is_dir() else root
-    directories = sorted(path for path in sessions.iterdir() if path.is_dir())
-    if any((directory / "meta.json").is_file() for directory in directories):
-        return [path for directory in directories for path in _files_of_session(directory)]
-
     found: list[Path] = []
+    unreadable: list[OSError] = []
+    for of_session in sorted(path for path in sessions.iterdir() if path.is_dir()):
+        try:
+            found += _files_of_session(of_session)
+        except OSError as error:
+            unreadable.append(error)
+    if any(path.name == "meta.json" for path in found):
+        for reason in unreadable:
+            refuse(str(reason.filename), _reason(reason))
+        return found
+
+    found = []
     walk = os.walk(root, onerror=lambda error: refuse(str(error.filename), _reason(error)))
     for directory, _, names in walk:
         found += [Path(directory, name) for name in names if name.endswith(SUFFIXES)]
@@ -184,7 +193,20 @@ def _files_below(root: Path, refuse: Callable[[str, str], None]) -> list[Path]:
 
 
 def _files_of_session(directory: Path) -> list[Path]:
-    return [path for name in ("meta.json", "events.jsonl") if (path := directory / name).is_file()]
+    paths = (directory / "meta.json", directory / "events.jsonl")
+    return [path for path in paths if _size(path) is not None]
+
+
+def _size(path: Path) -> int | None:
+    """The bytes of a file; None if there is none. Raises OSError if that cannot be seen.
+
+    `Path.is_file` raises that before Python 3.14, and since then says no.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 @contextmanager
@@ -272,8 +294,11 @@ class _Importer:
         )
 
     def read_files(self, paths: list[Path], *, must_open: bool = False) -> None:
-        sizes = [path.stat().st_size for path in paths if path.is_file()]
-        # A named pipe has no size.
+        sizes: list[int] = []
+        for path in paths:
+            with suppress(OSError):  # told of when it is opened
+                if (size := _size(path)) is not None:  # of a named pipe there is none
+                    sizes.append(size)
         self._bytes_total = sum(sizes) if len(sizes) == len(paths) else None
         for path in paths:
             done = self._bytes_done
@@ -296,6 +321,7 @@ class _Importer:
         A stream that begins as an archive has other lines, too.
         """
         self._files += 1
+        self._archive = None  # of the file before, which may have ended in an error of its disk
         number = 0
         try:
             for number, (text, size) in enumerate(_lines(stream), start=1):
@@ -305,6 +331,9 @@ class _Importer:
                     continue
                 try:
                     self._take_line(f"{name}:{number}", line, first=number == 1)
+                except _NewerArchive as error:  # its events alone would be half of what it has
+                    self.refuse(f"{name}:{number}", str(error))
+                    break
                 except InvalidRecord as error:
                     self.refuse(f"{name}:{number}", str(error))
                 self._batch_bytes += size
@@ -315,7 +344,6 @@ class _Importer:
         else:
             if self._archive is not None and not self._archive.ended:
                 self.refuse(f"{name}:{number + 1}", "file: cut short: the archive has no end")
-        self._archive = None
 
     def _take_line(self, place: str, line: bytes | None, *, first: bool) -> None:
         if self._archive is None:
@@ -334,7 +362,9 @@ class _Importer:
         kind = record.get("kind") if isinstance(record, dict) else None
         if kind == EVENT:
             self._read += 1
-            self._events.append((self._position, place, MonitorEvent.from_wire(record)))
+            event = MonitorEvent.from_wire(record)
+            self._events.append((self._position, place, event))
+            self._archive.last_event_id = event.id
         elif kind == SESSION:
             self.flush()
             self._archive.begin(line or b"")
@@ -362,6 +392,11 @@ class _Importer:
                 self._store.save_usage(session_id, usages)
             except SessionNotFound:  # it stays deleted
                 self._deleted += 1
+            else:
+                # Or a newer event has brought it back, but not its past.
+                last = archive.last_event_id
+                if last and self._store.get_event_by_id(session_id, last) is None:
+                    self._deleted += 1
         elif usages:
             raise InvalidRecord(f"sessionId: {len(usages)} messages of a session that was refused")
         if end.get("sha256") != archive.checksum:
@@ -425,13 +460,13 @@ class _Archive:
 
     def __init__(self) -> None:
         self.ended = False
-        self.session_id = ""
+        self.session_id = self.last_event_id = ""
         self.usages: list[MessageUsage] = []
         self._checksum = self._before = hashlib.sha256()
 
     def begin(self, line: bytes) -> None:
         """A session begins, with this line; which one, its fields tell if they are good."""
-        self.session_id, self.usages = "", []
+        self.session_id, self.last_event_id, self.usages = "", "", []
         self._checksum = self._before = hashlib.sha256()
         self.count(line)
 
@@ -446,12 +481,16 @@ class _Archive:
         return self._before.hexdigest()
 
 
+class _NewerArchive(InvalidRecord):
+    """The archive has what this version does not know."""
+
+
 def _is_head(record: Any) -> bool:
-    """Whether a file's first line is that of an archive; raises InvalidRecord for a newer one."""
+    """Whether a file's first line is that of an archive; raises _NewerArchive for a newer one."""
     if not isinstance(record, dict) or record.get("kind") != ARCHIVE:
         return False
     if record.get("version") != ARCHIVE_VERSION:
-        raise InvalidRecord("version: a newer contextuate-persist has written this archive")
+        raise _NewerArchive("version: a newer contextuate-persist has written this archive")
     return True
 
 

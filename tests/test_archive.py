@@ -32,6 +32,7 @@ from contextuate_persist import (
     TokenUsage,
     encryption,
     retention,
+    transfer,
 )
 from contextuate_persist import archive as archives
 from contextuate_persist.archive import archive
@@ -460,8 +461,63 @@ def test_a_damaged_archive_gives_what_can_be_read_and_says_so(
     unpacked.write_bytes(b"".join(text.splitlines(keepends=True)[:-1]))
     (refusal,) = import_path(store, unpacked, undelete=True).refused
     assert "the archive has no end" in refusal
-    unpacked.write_bytes(text.replace(b'"version":1', b'"version":2'))
-    assert "a newer contextuate-persist" in import_path(store, unpacked).refused[0]
+
+
+def test_of_an_archive_of_a_newer_version_nothing_is_stored(
+    store: BaseStore, tmp_path: Path
+) -> None:
+    """Its events alone would keep the sessions from being restored by whoever knows it."""
+    fill(store)
+    (path,) = archive(store, tmp_path, POLICY).files
+    text = gzip.decompress(path.read_bytes())
+    newer = tmp_path / "newer.jsonl"
+    newer.write_bytes(text.replace(b'"version":1', b'"version":2'))
+    left = content(store)
+    (refusal,) = import_path(store, newer, undelete=True).refused
+    assert refusal == f"{newer}:1: version: a newer contextuate-persist has written this archive"
+    assert content(store) == left
+
+
+def test_an_error_of_the_disk_inside_an_archive_costs_the_rest_of_that_file_only(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    (path,) = archive(store, tmp_path, POLICY).files
+    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    first.write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+    one = event("s", T0)
+    second.write_text(json.dumps(one.to_wire()))
+    lines = transfer._lines
+
+    def failing(stream: Any) -> Any:
+        found = lines(stream)
+        yield next(found)
+        if stream.name == str(first):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        yield from found
+
+    monkeypatch.setattr(transfer, "_lines", failing)
+    report = import_path(store, tmp_path)
+    assert report.refused == (f"{first}: file: Input/output error",)
+    assert store.get_events("s") == [one]
+
+
+def test_a_session_that_a_newer_event_brought_back_is_told_to_lack_its_past(
+    store: BaseStore, tmp_path: Path
+) -> None:
+    store.save_session(session("s", **OLD))
+    old = event("s", T0)
+    store.save_event(old)
+    (path,) = archive(store, tmp_path, POLICY).files
+    new = event("s", round(time.time() * 1000) + 1000)
+    store.save_event(new)
+    assert import_path(store, path).deleted == 1
+    assert store.get_events("s") == [new]
+    report = import_path(store, path, undelete=True)
+    assert (report.deleted, report.stored) == (0, 1)
+    assert import_path(store, path).deleted == 0
+    assert store.get_events("s") == [old, new]
 
 
 @pytest.mark.parametrize(

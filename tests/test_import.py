@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from contextuate_persist import InvalidRecord, MonitorEvent, SaveResult, StoreUnavailable, transfer
 from contextuate_persist.base import BaseStore
-from contextuate_persist.payload import MAX_PAYLOAD_BYTES
+from contextuate_persist.display import json_line
+from contextuate_persist.payload import MAX_PAYLOAD_BYTES, exact_json
 from contextuate_persist.transfer import import_path, parse_json
 from tests.builders import T0, event, session
 
@@ -274,6 +275,40 @@ def test_a_file_that_cannot_be_opened_costs_itself_only(store: BaseStore, tmp_pa
     report = import_path(store, tmp_path)
     assert report.stored == 1
     assert report.refused == (f"{tmp_path / 'b.jsonl'}: file: No such file or directory",)
+
+
+def test_a_session_that_cannot_be_looked_into_costs_itself_only(
+    store: BaseStore, tmp_path: Path
+) -> None:
+    root = file_store(tmp_path)
+    whole = import_path(store, root)
+    store.delete_all_sessions()
+    endless = root / "sessions" / "two" / "meta.json"
+    endless.unlink()
+    endless.symlink_to(endless)
+    reasons = {str(endless): "file: Too many levels of symbolic links"}
+    if os.geteuid() != 0:  # who may look everywhere
+        (root / "sessions" / "four").chmod(0)
+        reasons[str(root / "sessions" / "four" / "meta.json")] = "file: Permission denied"
+    try:
+        report = import_path(store, root, undelete=True)
+    finally:
+        (root / "sessions" / "four").chmod(0o700)
+    told = [f"{path}: {why}" for path, why in sorted(reasons.items())]
+    assert list(report.refused[: len(told)]) == told
+    assert report.refused_count == whole.refused_count + len(reasons)
+    assert report.sessions == 1
+    assert len(store.get_events("one")) == 3
+
+
+def test_a_line_has_room_for_any_payload() -> None:
+    """By how much an escape is longer than what counts as a payload's size."""
+    empty = len(json_line({"": ""}))
+    longest = max(
+        (len(json_line({"": chr(code)})) - empty) / (len(exact_json({"": chr(code)})) - empty)
+        for code in range(0x11000)
+    )
+    assert 3 < longest < transfer.MAX_LINE_BYTES / MAX_PAYLOAD_BYTES
 
 
 def test_the_report_keeps_a_bounded_number_of_messages(
