@@ -479,3 +479,24 @@ def test_the_lines_for_cron_say_what_the_command_understands() -> None:
         accepts(command)
         periods.append(re.search(r"maintain (\w+)", command)[1])  # type: ignore[index]
     assert periods == [*PERIODS]
+
+
+@pytest.mark.parametrize("given", ["CONTEXTUATE_DATABASE_URL='{url}'\n", None])
+def test_a_line_for_cron_has_the_url_whatever_a_shell_would_make_of_it(
+    given: str | None, tmp_path: Path
+) -> None:
+    url = "postgresql://u:p$a ss@h/db?sslmode=verify-full&sslrootcert=/x"
+    monitor = tmp_path / ".contextuate" / "monitor"
+    monitor.mkdir(parents=True)
+    if given is not None:
+        (monitor / "maintain-environment").write_text(given.format(url=url))
+    program = tmp_path / "contextuate-persist"
+    program.write_text('#!/bin/sh\necho "$1 ${CONTEXTUATE_DATABASE_URL-none}"\n')
+    program.chmod(0o700)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.defpath}"}
+    lines = (EXAMPLES / "contextuate-maintain.cron").read_text().splitlines()
+    for line in lines:
+        if not line.startswith("#"):
+            command = ["/bin/sh", "-c", line.split(None, 5)[5]]
+            done = subprocess.run(command, env=environment, capture_output=True, check=True)
+            assert done.stdout.decode() == f"maintain {url if given else 'none'}\n"
