@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENVIRONMENT_SPOOL = "CONTEXTUATE_SPOOL"
+_SPOOL = "~/.contextuate/monitor/spool"
 
 # Between tries of a disk that fails: what arrives meanwhile waits, though there may be a database.
 _KEEPER_PAUSE = 0.3
@@ -50,8 +51,7 @@ _KEEPER_SECONDS, _SENDER_SECONDS = 10.0, 0.5
 
 def default_spool() -> Path:
     """The spool of this user: what CONTEXTUATE_SPOOL names, else one in the home directory."""
-    named = os.environ.get(ENVIRONMENT_SPOOL)
-    return Path(named) if named else Path.home() / ".contextuate" / "monitor" / "spool"
+    return Path(os.path.expanduser(os.environ.get(ENVIRONMENT_SPOOL) or _SPOOL))
 
 
 class EventWriter:

@@ -385,8 +385,10 @@ def test_the_default_spool_is_named_by_the_environment_or_in_the_home_directory(
 ) -> None:
     monkeypatch.setenv("CONTEXTUATE_SPOOL", str(tmp_path / "named"))
     assert str(tmp_path / "named") in repr(EventWriter(store))
-    monkeypatch.delenv("CONTEXTUATE_SPOOL")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CONTEXTUATE_SPOOL", "~/mine")
+    assert str(tmp_path / "mine") in repr(EventWriter(store))
+    monkeypatch.delenv("CONTEXTUATE_SPOOL")
     assert str(tmp_path / ".contextuate/monitor/spool") in repr(EventWriter(store))
 
 
