@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -40,19 +41,20 @@ from contextuate_persist import (
     open_store,
 )
 from contextuate_persist.hooks import STREAMING, Capture, hook_event
-from contextuate_persist.inbox import Inbox
+from contextuate_persist.inbox import Inbox, default_inbox
 from contextuate_persist.lifecycle import SessionState, usage_path
 from contextuate_persist.model import SESSION_WIRE
 from contextuate_persist.spool import spool_state
 from contextuate_persist.transcripts import read_usage
 from contextuate_persist.writer import default_spool
 
-HOME = Path.home() / ".contextuate" / "monitor"
+HOME = Path(os.path.expanduser("~/.contextuate/monitor"))
 log = logging.getLogger("monitor_daemon")
 LOOK_SECONDS = 0.1  # between looks into the inbox
 AGAIN_SECONDS = 2.0  # between tries while the database is away, or the disk is full
 DAY = 86_400_000  # ms
 KNOWN_SESSIONS = 10_000  # whose state is kept in memory
+CAUGHT_UP = 2_000  # sessions that run, and events, which are looked at when it starts
 BY_PEOPLE = ("label", "is_pinned", "hidden", "manual_parent_session_id")
 SETTABLE = {SESSION_WIRE[name]: name for name in BY_PEOPLE}
 
@@ -73,10 +75,14 @@ class Monitor:
         # the events themselves there may be more than fit into memory while the database is away.
         self._news: dict[str, tuple[SessionState, frozenset[str]]] = {}
         self._last: AsyncReceipt | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self, stop: asyncio.Event, path: Path) -> None:
-        """Take what comes and answer on the socket until told to stop, then close in order."""
+        """Take what comes and answer on the socket until told to stop, then close in order.
+
+        So it does where its work ends for another reason: a defect, and whoever started it should
+        begin anew.
+        """
         require_unused(path)
         with self.inbox:
             left = await asyncio.to_thread(spool_state, self.spool)
@@ -85,9 +91,9 @@ class Monitor:
                 server = await asyncio.start_unix_server(self.serve, path, limit=2**26)
                 ours = path.stat().st_ino
                 self._begin(self._reach_database(left.oldest))
-                self._begin(self._take_files())
-                self._begin(self._follow())
-                await stop.wait()
+                work = [self._begin(one) for one in (self._take_files(), self._follow())]
+                told = self._begin(stop.wait())
+                await asyncio.wait([told, *work], return_when=asyncio.FIRST_COMPLETED)
                 server.close()
                 with contextlib.suppress(FileNotFoundError):
                     if path.stat().st_ino == ours:
@@ -97,12 +103,13 @@ class Monitor:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             await self.store.close()
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._over)
+        return task
 
-    def _over(self, task: asyncio.Task[None]) -> None:
+    def _over(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("a task failed", exc_info=error)
@@ -120,7 +127,9 @@ class Monitor:
 
     async def _catch_up(self, left_since: int | None) -> None:
         """Note what an earlier process has stored, or left in the spool, and told no session."""
-        for event in await self.store.get_all_recent_events(2000):
+        for session in await self.store.get_sessions(status="active", limit=CAUGHT_UP):
+            self._news.setdefault(session.session_id, (SessionState(), frozenset()))
+        for event in await self.store.get_all_recent_events(CAUGHT_UP):
             self._note(event)
         if left_since is not None:
             # What was spooled then may have lain in the inbox before.
@@ -156,12 +165,9 @@ class Monitor:
 
     async def _take_file(self, name: str, content: bytes) -> None:
         try:
-            event = Capture.parse(content).to_event()
-        except InvalidRecord as error:
+            await self.take(Capture.parse(content).to_event(), name)
+        except InvalidRecord as error:  # also what the writer's redaction fails on
             self.inbox.set_aside(name, str(error))
-            return
-        try:
-            await self.take(event, name)
         except PersistenceError:
             self.inbox.give_back(name)
             raise
@@ -208,6 +214,7 @@ class Monitor:
         if known is None:
             events = await self._patiently(lambda: self.store.get_events(session_id))
             known = SessionState.of(*events)
+            paths |= {path for event in events if (path := usage_path(event))}
         state |= known
         if len(self._states) >= KNOWN_SESSIONS:
             self._states.clear()  # what is needed again is read again
@@ -285,24 +292,28 @@ def _listed(events: list[MonitorEvent]) -> list[dict[str, Any]]:
     return [{**event.to_wire(), "cursor": str(event.cursor)} for event in events]
 
 
-async def main(args: argparse.Namespace) -> None:
+async def main(args: argparse.Namespace) -> int:
     os.umask(0o077)  # for the socket; while there are no threads yet, which would share a change
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     args.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     await Monitor(args.url, args.inbox, args.spool).run(stop, args.socket)
+    return 0 if stop.is_set() else 1
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--url", help="the database; without it what open_store() takes")
     places = {
-        "--inbox": HOME / "inbox",
+        "--inbox": default_inbox(),
         "--spool": default_spool(),
         "--socket": HOME / "daemon.sock",
     }
     for name, default in places.items():
         parser.add_argument(name, type=Path, default=default)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    asyncio.run(main(parser.parse_args()))
+    try:
+        sys.exit(asyncio.run(main(parser.parse_args())))
+    except (PersistenceError, OSError) as error:
+        sys.exit(f"monitor_daemon: {error}")

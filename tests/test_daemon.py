@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from contextuate_persist import EventWriter, MonitorEvent, inbox, open_store
+from contextuate_persist import AsyncEventWriter, EventWriter, MonitorEvent, inbox, open_store
 from contextuate_persist.base import BaseStore
 from contextuate_persist.hooks import hook_event, new_event_id, payload_of, session_key
 from examples.monitor_daemon import Monitor
@@ -312,6 +312,91 @@ def test_files_that_nobody_understands_are_set_aside(daemon: Daemon, store: Base
     assert not (daemon.inbox / good).exists()
 
 
+def test_an_event_that_redaction_fails_on_is_set_aside_and_keeps_no_others_waiting(
+    alone: Daemon,
+) -> None:
+    def redact(event: MonitorEvent) -> MonitorEvent:
+        if event.hook_type == "UserPromptSubmit":
+            raise RecursionError("too deep")
+        return event
+
+    _, second, _ = (
+        inbox.leave(alone.inbox, file_of(payload, T0 + n)) for n, payload in enumerate(a_day(1)[:3])
+    )
+
+    async def take() -> int:
+        monitor = Monitor(NOWHERE, alone.inbox, alone.place / "spool")
+        monitor.writer = AsyncEventWriter(
+            EventWriter(open_store(NOWHERE), spool_directory=alone.place / "spool", redact=redact)
+        )
+        stop = asyncio.Event()
+        running = asyncio.create_task(monitor.run(stop, alone.socket))
+        while [*alone.inbox.glob("*.json")]:
+            await asyncio.sleep(0.05)
+        accepted = monitor.writer.health().accepted
+        stop.set()
+        await running
+        return accepted
+
+    assert asyncio.run(take()) == 2
+    assert [path.name for path in (alone.inbox / "bad").glob("*.json")] == [second]
+    assert "redact failed" in (alone.inbox / "bad" / f"{second}.why").read_text()
+
+
+def test_a_daemon_whose_work_ends_is_over(
+    alone: Daemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Any) -> Any:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(inbox.Inbox, "take", broken)
+    alone.place.joinpath("spool").mkdir(mode=0o700)
+    monitor = Monitor(NOWHERE, alone.inbox, alone.place / "spool")
+
+    async def run() -> bool:
+        stop = asyncio.Event()
+        await asyncio.wait_for(monitor.run(stop, alone.socket), 60)
+        return stop.is_set()
+
+    assert asyncio.run(run()) is False
+    assert "a task failed" in caplog.text
+
+
+def test_sessions_that_ended_while_nobody_told_them_are_told_at_the_next_start(
+    daemon: Daemon, store: BaseStore
+) -> None:
+    payloads = a_day(4, tools=1)
+    ended = {p["session_id"] for p in payloads if p["hook_event_name"] == "SessionEnd"}
+    store.save_events(
+        hook_event(payload, captured_at=T0 + n, machine_id="laptop")
+        for n, payload in enumerate(payloads)
+    )
+    busy = {"session_id": "busy", "hook_event_name": "Stop", "cwd": "/"}
+    store.save_events(
+        hook_event(busy, captured_at=T0 + 1000 + n, machine_id="laptop") for n in range(2000)
+    )
+    daemon.start()
+    eventually(lambda: ended <= {one.session_id for one in store.get_sessions(status="completed")})
+
+
+def test_without_options_the_inbox_is_the_one_that_hooks_use(alone: Daemon) -> None:
+    place = alone.place / "hooks"
+    inbox.leave(place, file_of(a_day(1)[0], T0))
+    options = ["--spool", str(alone.place / "spool"), "--socket", str(alone.socket)]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / "monitor_daemon.py"), *options],
+        env={
+            **os.environ,
+            "CONTEXTUATE_DATABASE_URL": NOWHERE,
+            "CONTEXTUATE_INBOX": str(place),
+        },
+    ) as process:
+        try:
+            eventually(lambda: not list(place.glob("*.json")))
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
 def test_a_file_that_cannot_be_set_aside_keeps_no_others_from_being_taken(alone: Daemon) -> None:
     inbox.leave(alone.inbox, b"nobody understands this")
     (alone.inbox / "bad").write_bytes(b"in the way")
@@ -353,6 +438,7 @@ def test_a_socket_is_taken_from_nobody(alone: Daemon, tmp_path: Path) -> None:
     second.socket = alone.socket
     assert fails_to_start(second)
     assert "another daemon answers there" in second.log()
+    assert "Traceback" not in second.log()
     assert "pending" in alone.ask(do="health")
     second.socket = tmp_path / "file"
     second.socket.write_bytes(b"somebody's")
