@@ -76,23 +76,31 @@ class AsyncStore:
         """Take a store that is not open yet."""
         self._store = store
         self._threads: ThreadPoolExecutor | None = None
+        self._closings: set[Future[None]] = set()  # that go on, though nobody may wait for them
         _stores.add(self)
 
     def __repr__(self) -> str:
         return f"<AsyncStore of {self._store!r}>"
 
     async def init(self) -> None:
-        opening = _start_thread(self._store.init, "contextuate_persist-init")
+        opening = _start_thread(
+            partial(self._open, tuple(self._closings)), "contextuate_persist-init"
+        )
         try:
             await asyncio.wrap_future(opening)
         except BaseException:
             if self._threads is None:
                 # Cancelled, most likely: what opens now is closed by nobody, `__aexit__` is not
                 # called after this.
-                _start_thread(partial(self._undo, opening), "contextuate_persist-close")
+                self._start_closing(partial(self._undo, opening))
             raise
         if self._threads is None:
             self._threads = self._new_threads()
+
+    def _open(self, closings: Iterable[Future[None]]) -> None:
+        # Whose caller has left: they would close what is opened here.
+        wait(closings)
+        self._store.init()
 
     def _undo(self, opening: Future[None]) -> None:
         wait([opening])
@@ -103,11 +111,16 @@ class AsyncStore:
 
         Waits ten seconds at most for calls that are running; one that takes longer may then raise
         StoreClosed, as calls that wait for their turn do at once. Cancelled, it returns at once and
-        closes all the same.
+        closes all the same; an `init` after that waits for it.
         """
         threads, self._threads = self._threads, None
-        closing = _start_thread(partial(self._finish, threads), "contextuate_persist-close")
-        await asyncio.wrap_future(closing)
+        await asyncio.wrap_future(self._start_closing(partial(self._finish, threads)))
+
+    def _start_closing(self, work: Callable[[], None]) -> Future[None]:
+        closing = _start_thread(work, "contextuate_persist-close")
+        self._closings.add(closing)
+        closing.add_done_callback(self._closings.discard)
+        return closing
 
     def _finish(self, threads: ThreadPoolExecutor | None) -> None:
         if threads is not None:
@@ -526,8 +539,9 @@ def _next_events(events: Iterator[MonitorEvent]) -> list[MonitorEvent]:
 
 def _after_fork() -> None:  # pragma: no cover  (in a forked child)
     for store in _stores:
+        # The child has none of the parent's threads.
+        store._closings = set()  # noqa: SLF001
         if store._threads is not None:  # noqa: SLF001
-            # The child has none of the parent's threads.
             store._threads = store._new_threads()  # noqa: SLF001
 
 

@@ -431,6 +431,36 @@ def test_a_cancelled_opening_leaves_nothing_open(
         inner.get_events("s")
 
 
+def test_an_opening_after_one_that_timed_out_stays_open(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = make_store(database.url)
+    proceed = threading.Event()
+    first = threading.Lock()
+    init = inner.init
+
+    def slow_at_first() -> None:
+        if first.acquire(blocking=False):
+            proceed.wait(20)
+        init()
+
+    monkeypatch.setattr(inner, "init", slow_at_first)
+
+    async def main() -> None:
+        store = AsyncStore(inner)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(store.init(), 0.05)
+        again = asyncio.create_task(store.init())
+        await asyncio.sleep(0.2)
+        proceed.set()
+        await again
+        await asyncio.to_thread(wait_until, lambda: not threads("contextuate_persist-close"))
+        assert await store.save_event(event()) is True
+        await store.close()
+
+    run(main())
+
+
 def test_a_cancelled_second_opening_leaves_the_store_open(database: Database) -> None:
     async def main() -> None:
         async with open_async(database) as store:
@@ -461,6 +491,35 @@ def test_a_cancelled_close_closes_all_the_same(database: Database) -> None:
     wait_until(lambda: not threads())
     with pytest.raises(StoreClosed):
         inner.get_events("s")
+
+
+def test_an_opening_after_a_cancelled_close_stays_open(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = make_store(database.url)
+    proceed = threading.Event()
+    close = inner.close
+
+    def slow_close() -> None:
+        proceed.wait(20)
+        close()
+
+    monkeypatch.setattr(inner, "close", slow_close)
+
+    async def main() -> None:
+        store = AsyncStore(inner)
+        await store.init()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(store.close(), 0.05)
+        again = asyncio.create_task(store.init())
+        await asyncio.sleep(0.2)
+        proceed.set()
+        await again
+        await asyncio.to_thread(wait_until, lambda: not threads("contextuate_persist-close"))
+        assert await store.save_event(event()) is True
+        await store.close()
+
+    run(main())
 
 
 # --- Iteration ------------------------------------------------------------------------------------
