@@ -57,6 +57,7 @@ class SessionState:
     agent_type: Told | None = None
     transcript_path: Told | None = None
     titles: frozenset[Told] = frozenset()
+    """The newest titles, each with when it was told last."""
 
     @classmethod
     def of(cls, *events: MonitorEvent) -> SessionState:
@@ -75,7 +76,7 @@ class SessionState:
             model=_newest((self.model, other.model)),
             agent_type=_newest((self.agent_type, other.agent_type)),
             transcript_path=_newest((self.transcript_path, other.transcript_path)),
-            titles=frozenset(sorted(self.titles | other.titles)[-_MOST_TITLES:]),
+            titles=_latest(self.titles | other.titles),
         )
 
     @property
@@ -172,6 +173,12 @@ def _text(when: int, value: object, limit: int = model.MAX_TEXT_LENGTH) -> Told 
 
 def _fits(value: object, limit: int = model.MAX_TEXT_LENGTH) -> bool:
     return isinstance(value, str) and 0 < len(value) <= limit
+
+
+def _latest(told: Iterable[Told]) -> frozenset[Told]:
+    # By text first: one that comes with every prompt must not push the others out.
+    last = {text: when for when, text in sorted(told)}
+    return frozenset(sorted((when, text) for text, when in last.items())[-_MOST_TITLES:])
 
 
 def _newest(told: Iterable[tuple[int, T] | None]) -> tuple[int, T] | None:

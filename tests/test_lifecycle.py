@@ -165,6 +165,14 @@ def test_titles_without_end_do_not_fill_the_memory() -> None:
     assert state.updates(session("main", label="t90"))["label"] == "t99"
 
 
+def test_a_title_told_many_times_does_not_make_an_earlier_one_a_persons() -> None:
+    before = hook("SessionStart", 0, session_title="A")
+    since = [hook("UserPromptSubmit", i, prompt="p", session_title="B") for i in range(1, 30)]
+    state = SessionState.of(before, *since)
+    assert state.titles == {(T0, "A"), (T0 + 29, "B")}
+    assert state.updates(session("main", label="A"))["label"] == "B"
+
+
 def test_an_update_that_is_known_is_none() -> None:
     state = SessionState.of(inside("SubagentStart", 1), inside("SubagentStop", 3))
     known = session(AGENT, is_user_initiated=True)
