@@ -185,14 +185,29 @@ def _drift(seen: Seen) -> Iterator[Finding]:
             advice = "make it again, from the schema file, as the database's owner"
         yield Finding("drift", level, message, advice)
     for name in sorted(there.keys() - wanted.keys()):
-        if name.split(" ")[0] in ("constraint", "trigger"):
+        kind, _, whose = name.partition(" ")
+        message = f"{name} is not of the schema"
+        if kind == "column" and _has_to_be_given(there[name]):
+            drifted = True
+            message += ", and no row is stored without it"
+            advice = "give it a default, or let it be NULL, as the database's owner"
+            yield Finding("drift", Level.PROBLEM, message, advice)
+        unique = kind == "index" and there[name].startswith(f"{name} unique ")
+        # Behind a constraint is an index of its name.
+        told = f"constraint {whose}" in there
+        if kind in ("constraint", "trigger") or (unique and not told):
             drifted = True
             advice = "make sure that it refuses nothing that is to be stored"
-            yield Finding("drift", Level.WARNING, f"{name} is not of the schema", advice)
+            yield Finding("drift", Level.WARNING, message, advice)
     if not drifted:
         yield from _ok(
             "drift", f"{len(wanted)} tables, columns, indexes and rules as they should be"
         )
+
+
+def _has_to_be_given(column: str) -> bool:
+    filled = re.search(r" (default|identity|auto_increment|generated)\b", column, re.IGNORECASE)
+    return " not null" in column and filled is None
 
 
 def _name(line: str) -> str:

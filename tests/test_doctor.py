@@ -152,6 +152,29 @@ def test_an_index_more_is_nobodys_fault(altered: Database) -> None:
     assert only(altered.url, "drift").level is Level.OK
 
 
+def test_a_unique_index_more_may_refuse_what_is_to_be_stored(altered: Database) -> None:
+    altered.execute("CREATE UNIQUE INDEX more ON events (created_at, session_id)")
+    finding = only(altered.url, "drift")
+    assert finding.level is Level.WARNING
+    assert finding.message.endswith(" events.more is not of the schema")
+
+
+def test_a_unique_constraint_more_is_told_once(altered: Database) -> None:
+    altered.execute("ALTER TABLE events ADD CONSTRAINT more UNIQUE (created_at, session_id)")
+    assert only(altered.url, "drift").message == "constraint events.more is not of the schema"
+
+
+def test_a_column_more_is_a_problem_if_it_has_to_be_given(altered: Database) -> None:
+    always = "GENERATED ALWAYS AS (timestamp + 1) STORED"
+    for column in ("a integer", "b integer NOT NULL DEFAULT 1", f"c bigint {always} NOT NULL"):
+        altered.execute(f"ALTER TABLE events ADD COLUMN {column}")
+    assert only(altered.url, "drift").level is Level.OK
+    altered.execute("ALTER TABLE sessions ADD COLUMN more integer NOT NULL")
+    finding = only(altered.url, "drift")
+    assert finding.level is Level.PROBLEM
+    assert "column sessions.more is not of the schema" in finding.message
+
+
 def test_privileges_beyond_data_are_warned_of(database: Database) -> None:
     finding = only(database.owner_url, "privileges")
     assert finding.level is Level.WARNING
