@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from contextuate_persist import tls
 from contextuate_persist.errors import ConfigurationError
@@ -64,10 +64,9 @@ def open_store(
         return EmbeddedStore(**options)
     if not isinstance(url, str):
         raise ConfigurationError(f"database URL: a string is needed, not {type(url).__name__}")
-    try:
-        scheme = urlsplit(url).scheme.lower()
-    except ValueError:
-        scheme = ""
+    # Not by urlsplit: what comes after the scheme is the driver's to judge.
+    match = re.match(r"([a-z][a-z0-9+.-]*)://", url, re.IGNORECASE | re.ASCII)
+    scheme = match[1].lower() if match else ""
     if scheme in ("postgresql", "postgres"):
         from contextuate_persist.postgresql_store import PostgreSQLStore  # noqa: PLC0415
 

@@ -247,6 +247,27 @@ def test_what_cannot_work_is_refused_with_file_setting_and_fix(
     assert "\n" not in str(caught.value)
 
 
+def test_brackets_in_a_password_are_libpqs_to_judge() -> None:
+    assert "PostgreSQL at db:5432" in repr(open_store("postgresql://u:p[ab]w@db/d"))
+
+
+@pytest.mark.parametrize(
+    ("url", "given"),
+    [
+        ("sqlite:///x", "sqlite://"),
+        ("SQLite://u:s3cret[x]@h/d", "sqlite://"),
+        ("h/d", "what was given"),
+        ("host=h password=s3cret", "what was given"),
+        ("u:s3cret@h/d", "what was given"),
+        ("u:s3cret://h/d", "what was given"),
+        ("mysql:/h/d", "what was given"),
+    ],
+)
+def test_a_url_of_another_kind_is_refused_without_its_password(url: str, given: str) -> None:
+    with pytest.raises(ConfigurationError, match=f", not with {given}$"):
+        open_store(url)
+
+
 def test_a_url_that_is_no_string_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match="^database URL: a string is needed, not PosixPath"
