@@ -186,6 +186,10 @@ def _options(value: Any, path: Path) -> dict[str, Any]:
             raise ConfigurationError(
                 f"{path}: persistence.storage.{key} is not known; known are limit, onFull"
             )
+    if "on_full" in options and "storage_limit" not in options:
+        raise ConfigurationError(
+            f"{path}: persistence.storage.onFull needs a limit: set persistence.storage.limit"
+        )
     return options
 
 

@@ -234,6 +234,10 @@ GOOD = {"type": "mysql", "database": {}}
             {"persistence": {"type": "postgresql", "database": {"optionFile": "x"}}},
             "optionFile is MySQL's: use passwordFile",
         ),
+        (
+            {"persistence": {"type": "mysql", "storage": {"onFull": "prune"}}},
+            "persistence.storage.onFull needs a limit: set persistence.storage.limit",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_file_setting_and_fix(
