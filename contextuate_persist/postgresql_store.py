@@ -1467,7 +1467,7 @@ CHECKS = {
     "tls": """
         SELECT s.version, s.cipher
         FROM pg_stat_ssl AS s
-        WHERE s.pid = pg_backend_pid() AND s.ssl
+        WHERE s.pid = pg_backend_pid() AND s.pid = %(pid)s AND s.ssl
     """,
     "shape": SELECT_SHAPE,
     "privileges": SELECT_PRIVILEGES,
@@ -3192,11 +3192,22 @@ def _is_partitioned(connection: psycopg.Connection[Any]) -> bool:
 def _answer(connection: psycopg.Connection[Any], query: str) -> list[Any] | None:
     """The rows; None if the server does not give them to this account."""
     try:
+        if query == CHECKS["tls"]:
+            return _encryption(connection)
         return connection.execute(query).fetchall()
     except psycopg.Error:
         if connection.broken:
             raise
         return None
+
+
+def _encryption(connection: psycopg.Connection[Any]) -> list[Any]:
+    """How libpq's own link is encrypted: behind a pooler the server knows only of another one."""
+    if not connection.pgconn.ssl_in_use:
+        return []
+    # A pooler makes a process number up, so that its other link's cipher is not told.
+    rows = connection.execute(CHECKS["tls"], {"pid": connection.info.backend_pid}).fetchall()
+    return rows or [("TLS",)]
 
 
 def _place(given: Mapping[str, Any]) -> str:

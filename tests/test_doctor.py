@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import select
+import socket
+import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import psycopg
 import pytest
@@ -352,9 +357,89 @@ def test_what_tls_gives_is_told(tls_server: servers.Server, authority: Authority
             place = database.url.replace("127.0.0.1", ELSEWHERE)
             finding = only(f"{place}?{urlencode(parameters)}", "tls")
             assert (finding.level, message in finding.message) == (level, True)
+            assert finding.message.startswith("TLSv1") is (level is Level.OK)
         assert only(database.url, "tls").level is Level.OK
     finally:
         database.drop()
+
+
+@contextlib.contextmanager
+def pooler(port: int, certificate: Path | None) -> Iterator[int]:
+    """For one connection, in front of a PostgreSQL: TLS on one side, plain text on the other."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(20)
+    ask = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")  # whether there is TLS
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        server = socket.create_connection(("127.0.0.1", port))
+        if certificate is not None:
+            assert client.recv(8) == ask
+            client.sendall(b"S")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            client = context.wrap_socket(client, server_side=True)
+        else:
+            server.sendall(ask)
+            assert server.recv(1) == b"S"
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context.maximum_version = ssl.TLSVersion.TLSv1_2  # sends nothing unasked
+            server = context.wrap_socket(server)
+        with client, server:
+            _pass_on(client, server)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        thread.join(20)
+        listener.close()
+
+
+def _pass_on(client: socket.socket, server: socket.socket) -> None:
+    # What a client without TLS must not be offered, and what it is offered instead.
+    bound, unbound = b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0\0", b"SCRAM-SHA-256\0\0"
+    offers = [
+        b"R" + (8 + len(one)).to_bytes(4, "big") + b"\0\0\0\n" + one for one in (bound, unbound)
+    ]
+    pair = {client: server, server: client}
+    while True:
+        held = [one for one in pair if isinstance(one, ssl.SSLSocket) and one.pending()]
+        for one in held or select.select(list(pair), [], [], 20)[0]:
+            data = one.recv(65536)
+            if not data:
+                return
+            pair[one].sendall(data.replace(*offers))
+
+
+@pytest.mark.only("postgresql")
+def test_behind_a_pooler_the_link_to_it_is_told(
+    backend: str,
+    tls_server: servers.Server,
+    database: Database,
+    authority: Authority,
+    tmp_path: Path,
+) -> None:
+    """Not the one from there to the server, which is what the server knows of."""
+
+    def behind(place: str, certificate: Path | None, **parameters: str) -> Finding:
+        host = str(urlsplit(place).netloc.rpartition("@")[2])
+        with pooler(int(host.rpartition(":")[2]), certificate) as port:
+            url = place.replace(host, f"{ELSEWHERE}:{port}")
+            return only(f"{url}?{urlencode(parameters)}", "tls")
+
+    certificate = tmp_path / "certificate.pem"
+    certificate.write_bytes(authority.right.certificate + authority.right.key)
+    finding = behind(database.url, certificate, sslrootcert=str(authority.file))
+    assert str(finding) == "TLS, the server's certificate verified"
+    encrypted = new_database(tls_server)
+    try:
+        finding = behind(encrypted.url, None, sslmode="disable")
+        assert finding.message == "all is in plain text"
+    finally:
+        encrypted.drop()
 
 
 # --- Judging --------------------------------------------------------------------------------------
