@@ -3105,7 +3105,8 @@ class PostgreSQLAdministrator:
             self._run(JOIN_OWNER)
 
     def create_login(self, name: str, password: str) -> None:
-        self._set_password(CREATE_LOGIN, name, password)
+        with self._connection.transaction():
+            self._set_password(CREATE_LOGIN, name, password)
 
     def login_of(self, name: str) -> str:
         return max(self._logins(name), default=("", name))[1]
@@ -3116,12 +3117,15 @@ class PostgreSQLAdministrator:
 
     def rotate(self, name: str, password: str) -> None:
         chosen = self.next_login_of(name)
-        if self.has_role(chosen):
-            self._set_password(SET_PASSWORD, chosen, password)
-        else:
-            self.create_login(chosen, password)
-            account, login = sql.Identifier(name), sql.Identifier(chosen)
-            self._run(JOIN_ACCOUNT, account=account, login=login)
+        # Whole or not at all: a login that is no member has no privileges, and yet would count as
+        # the newest, so that ending the older one would lock the application out.
+        with self._connection.transaction():
+            if self.has_role(chosen):
+                self._set_password(SET_PASSWORD, chosen, password)
+            else:
+                self._set_password(CREATE_LOGIN, chosen, password)
+                account, login = sql.Identifier(name), sql.Identifier(chosen)
+                self._run(JOIN_ACCOUNT, account=account, login=login)
 
     def discard_old(self, name: str) -> bool:
         *old, _ = sorted(self._logins(name))

@@ -496,6 +496,24 @@ def test_passwords_rotate_without_an_outage(run: Setup) -> None:
         assert len(store.get_events("a")) == 4
 
 
+@pytest.mark.only("postgresql")
+def test_a_rotation_that_ends_half_way_leaves_nothing_behind(
+    run: Setup, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run()[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(postgresql_store, "JOIN_ACCOUNT", "GRANT nobody_at_all TO {login}")
+        assert run("--rotate")[0] == 1
+    assert "nothing was changed" in run()[1]
+    assert f"//monitor_user_{run.environment}:" in run.seen[-2]
+    with open_store(run.url(index=0)) as store:
+        store.save_event(event())
+    assert run("--rotate")[0] == 0
+    assert run("--discard-old")[0] == 0
+    with open_store(run.url()) as store:
+        assert len(store.get_events("s")) == 1
+
+
 def test_a_reset_needs_the_name_to_be_typed(run: Setup) -> None:
     status, out, err = run("--reset")  # nothing is there to be dropped
     assert (status, err) == (0, "")
