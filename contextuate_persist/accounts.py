@@ -106,7 +106,7 @@ class Administrator(Protocol):
         ...
 
     def next_login_of(self, name: str) -> str:
-        """Who will, after the next rotation."""
+        """Who will, after the next rotation; raises ConfigurationError if that is another's."""
         ...
 
     def rotate(self, name: str, password: str) -> None:
@@ -154,7 +154,8 @@ def provide(
     """Make what is missing: owner, database, schema, accounts, privileges. A step at a time.
 
     With `reset` the database is dropped first; with `rotate` accounts that are there get new
-    passwords. Raises ConfigurationError before anything is done if a password could not be kept.
+    passwords. Raises ConfigurationError before anything is done if a password could not be kept, or
+    an account cannot get a new one.
     """
     names = administrator.names
     administrator.check_names()
@@ -162,6 +163,9 @@ def provide(
     new = {purpose for purpose, user in logins.items() if not administrator.has_role(user)}
     if new or rotate:
         keeper.require()
+    if rotate:  # before the first account has a new password
+        for user in logins.values():
+            administrator.next_login_of(user)
     if reset and administrator.has_database():
         administrator.drop_database()
         yield Step("database", f"{names.database} dropped with all its data", changed=True)

@@ -1784,11 +1784,20 @@ SELECT_ROLE = "SELECT FROM pg_roles WHERE rolname = %(name)s"
 
 SELECT_SUPERUSER = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user"
 
-# When the password of a login was set, as its comment says, and whether it may log in.
+# When the password of a login was set, as its comment says, and whether it may log in. Another role
+# with the name of the second login may be anybody's.
 SELECT_LOGINS = """
 SELECT r.rolname, COALESCE(shobj_description(r.oid, 'pg_authid'), ''), r.rolcanlogin
 FROM pg_roles AS r
-WHERE r.rolname = ANY(%(names)s::text[])
+WHERE r.rolname = %(name)s
+    OR (
+        r.rolname = %(other)s
+        AND EXISTS (
+            SELECT
+            FROM pg_auth_members AS m JOIN pg_roles AS a ON a.oid = m.roleid
+            WHERE m.member = r.oid AND a.rolname = %(name)s
+        )
+    )
 """
 
 CREATE_DATABASE = "CREATE DATABASE {database} OWNER {owner} TEMPLATE template0 ENCODING 'UTF8'"
@@ -3077,6 +3086,12 @@ class PostgreSQLAdministrator:
     def check_names(self) -> None:
         # Of 63 bytes two are left for the other login of an account.
         self.names.check(longest_database=63, longest_account=61)
+        for name in (self.names.application, self.names.reader):
+            if name.endswith("_2"):
+                raise ConfigurationError(
+                    f"{name}: a rotation calls the second login of {name[:-2]} so; choose a name, "
+                    "or an --environment, that does not end in _2"
+                )
 
     def has_database(self) -> bool:
         return self._found(SELECT_DATABASE, self.names.database)
@@ -3113,7 +3128,14 @@ class PostgreSQLAdministrator:
 
     def next_login_of(self, name: str) -> str:
         # A role has one password only: two roles take turns, and the one in use is left alone.
-        return f"{name}_2" if self.login_of(name) == name else name
+        other = f"{name}_2"
+        logins = [login for _, login, _ in self._logins(name)]
+        if other not in logins and self.has_role(other):
+            raise ConfigurationError(
+                f"--rotate: the role {other} is there and no login of {name}: DROP ROLE it if "
+                "nobody uses it, or set up other names"
+            )
+        return other if self.login_of(name) == name else name
 
     def rotate(self, name: str, password: str) -> None:
         chosen = self.next_login_of(name)
@@ -3171,7 +3193,7 @@ class PostgreSQLAdministrator:
 
     def _logins(self, name: str) -> list[tuple[str, str, bool]]:
         """The roles that log in for an account, by when their password was set."""
-        query = {"names": [name, f"{name}_2"]}
+        query = {"name": name, "other": f"{name}_2"}
         rows = self._connection.execute(SELECT_LOGINS, query).fetchall()
         return [(since, login, may_log_in) for login, since, may_log_in in rows]
 

@@ -514,6 +514,33 @@ def test_a_rotation_that_ends_half_way_leaves_nothing_behind(
         assert len(store.get_events("s")) == 1
 
 
+@pytest.mark.only("postgresql")
+def test_an_account_with_the_name_of_the_second_login_is_left_alone(
+    run: Setup, backend: str
+) -> None:
+    other = f"monitor_user_{run.environment}_2"
+    run.server.execute(f"CREATE ROLE \"{other}\" LOGIN PASSWORD 'theirs'")
+    assert run()[0] == 0
+    place = run.url().replace(run.accounts()[0]["password"], "theirs")
+    theirs = place.replace(f"//monitor_user_{run.environment}:", f"//{other}:")
+    held = run.passwords.read_text()
+    status, _, err = run("--rotate")
+    assert (status, f"{other} is there and no login of" in err, err.count("\n")) == (1, True, 1)
+    assert run.passwords.read_text() == held
+    assert run("--discard-old")[1].count("none") == 2
+    for url in (run.url(), theirs.replace(run.database, "postgres")):
+        open_store(url)._connect().close()  # type: ignore[attr-defined]
+    run.server.drop_login(other)
+
+
+@pytest.mark.only("postgresql")
+def test_names_that_a_rotation_makes_are_nobodys(run: Setup, backend: str) -> None:
+    for options in (["--environment", "2"], ["--environment", "eu_2"], ["--reader", "app_2"]):
+        status, _, err = run(*options)
+        assert (status, "end in _2" in err, err.count("\n")) == (1, True, 1), err
+    assert not run.passwords.exists()
+
+
 def test_a_reset_needs_the_name_to_be_typed(run: Setup) -> None:
     status, out, err = run("--reset")  # nothing is there to be dropped
     assert (status, err) == (0, "")
