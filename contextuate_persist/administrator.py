@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from contextuate_persist import display, tls
 from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore
-from contextuate_persist.config import open_store
+from contextuate_persist.config import open_store, split_url
 from contextuate_persist.errors import ConfigurationError, PersistenceError
 
 _MAINTENANCE = {"postgresql": "postgres", "mysql": "information_schema"}
@@ -99,11 +99,7 @@ def port_of(text: str, backend: str) -> int | None:
 
 
 def _server_of_url(url: str, backend: str, parameters: dict[str, str]) -> Server:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise ConfigurationError(f"--url: {error}") from None
+    parts = split_url(url)
     if parts.scheme not in (backend, backend.removesuffix("ql")):
         raise ConfigurationError(f"--url: {backend}:// is set up here")
     given = dict(parse_qsl(parts.query))
@@ -117,7 +113,7 @@ def _server_of_url(url: str, backend: str, parameters: dict[str, str]) -> Server
         user=unquote(parts.username or _ADMINISTRATORS[backend]),
         password=password,
         host=host or "localhost",
-        port=port,
+        port=parts.port,
         parameters=given | parameters,
     )
 

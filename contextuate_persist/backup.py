@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 from contextuate_persist import encryption, schema
 from contextuate_persist.backup_file import (
@@ -32,7 +32,7 @@ from contextuate_persist.backup_file import (
     read_lines,
 )
 from contextuate_persist.base import BaseStore
-from contextuate_persist.config import open_store
+from contextuate_persist.config import open_store, split_url
 from contextuate_persist.dumps import Contents, Load, Program, Sums
 from contextuate_persist.errors import ConfigurationError, DamagedFile, SchemaError
 from contextuate_persist.spool import sync_directory
@@ -393,8 +393,7 @@ def restore_test(
 
     What a backup is good for, no other check can tell. Raises what `restore` raises.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "mysql" and not parts.path.strip("/"):
+    if url.partition("://")[0] == "mysql" and not (parts := split_url(url)).path.strip("/"):
         url = urlunsplit(parts._replace(path="/mysql"))  # it needs one to connect to
     name = f"contextuate_restore_{secrets.token_hex(4)}"
     with open_store(url).scratch(name) as store:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 from contextuate_persist import tls
 from contextuate_persist.errors import ConfigurationError
@@ -98,6 +98,24 @@ def check_quoting(url: str) -> None:
         raise ConfigurationError(
             "database URL: a password's @ is written %40, / is %2F, ? is %3F, # is %23, % is %25"
         )
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL; raises ConfigurationError, without a word of it: it may hold a password.
+
+    Python's own errors quote what they could not read, which is the password where it has a bare
+    sign or the host is missing.
+    """
+    check_quoting(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ConfigurationError(
+            "database URL: host or port cannot be read; USER:PASSWORD@HOST:PORT is the form, and "
+            "whatever is no letter or digit of a password is written as %XX"
+        ) from None
+    return parts
 
 
 def is_local(host: str) -> bool:

@@ -24,7 +24,7 @@ from mysql.connector.optionfiles import MySQLOptionsParser
 from contextuate_persist import base, doctor, partitions, payload, records, schema, tls, trees
 from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault, Sliced
-from contextuate_persist.config import check_quoting, is_local
+from contextuate_persist.config import is_local, split_url
 from contextuate_persist.dumps import Contents, Dumper, MySQLDumper, Sums
 from contextuate_persist.errors import (
     ConfigurationError,
@@ -1709,7 +1709,6 @@ class MySQLStore(BaseStore):
         driver's pure Python implementation.
         """
         super().__init__(**options)
-        check_quoting(url)
         self._url = url
         self._arguments, self._tls, self._place = parse_url(url)
         # The driver itself goes on in plain text where a server, or a liar, offers no TLS.
@@ -3261,11 +3260,8 @@ def _pattern(quoted: str) -> re.Pattern[str]:
 
 def parse_url(url: str) -> tuple[dict[str, Any], dict[str, str], str]:
     """The driver's arguments, the TLS settings among them as they hold, the place in words."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or 3306
-    except ValueError as error:
-        raise ConfigurationError(f"database URL: {error}") from None
+    parts = split_url(url)
+    port = parts.port or 3306
     given = {name.replace("_", "-"): value for name, value in parse_qsl(parts.query)}
     database = unquote(parts.path.lstrip("/"))
     host = parts.hostname or "localhost"

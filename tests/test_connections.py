@@ -103,6 +103,8 @@ def test_a_password_with_special_characters_works(database: Database, backend: s
         f"mysql://u:{SECRET}/x@h/x",
         f"postgresql://u:{SECRET}%zz@h/x",
         f"postgresql://u:{SECRET}@[::1]5432/x",
+        f"mysql://u:{SECRET}",
+        f"mysql://u:{SECRET}\N{FULLWIDTH SOLIDUS}w@h/x",
     ],
 )
 def test_a_malformed_url_is_refused_in_one_line(url: str) -> None:

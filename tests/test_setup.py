@@ -835,7 +835,7 @@ def test_a_url_names_the_administrator(run: Setup) -> None:
         ({"PG_PORT": "x", "MYSQL_PORT": "x"}, [], "is no port"),
         ({"PG_PORT": "99999999", "MYSQL_PORT": "0"}, [], "is no port"),
         ({}, ["--url", "oracle://h/x"], "is set up here"),
-        ({}, ["--url", "mysql://h:port/x"], "--url: "),
+        ({}, ["--url", "mysql://h:port/x"], "host or port cannot be read"),
         ({"PG_PORT": "1", "MYSQL_PORT": "1"}, [], "127.0.0.1:1"),
     ],
 )
@@ -847,6 +847,27 @@ def test_a_server_that_cannot_be_is_refused_in_one_line(
         patch.setattr(Setup, "variables", {**run.variables, **place, **variables})
         status, _, err = run(*options)
     assert (status, message in err, err.count("\n")) == (1, True, 1), err
+
+
+@pytest.mark.parametrize(
+    "login",
+    [
+        "root:s3cret/part",
+        "root:s3cret#part",
+        "root:s3cret?part",
+        "root:s3cret\N{FULLWIDTH SOLIDUS}part",
+        "root:s3cr[et]part",
+    ],
+)
+@pytest.mark.parametrize("backend", ["mysql", "postgresql"])
+def test_no_part_of_a_password_is_told_of_a_url_that_cannot_be_read(
+    backend: str, login: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = f"{backend}://{login}@nowhere.invalid/x"
+    assert main(["setup", backend, "--url", place, "--passwords", str(tmp_path / "p")]) == 1
+    err = capsys.readouterr().err.splitlines()[-1]  # after the warning of a password
+    assert err.startswith("contextuate-persist: error: ")
+    assert not [part for part in ("s3cr", "'et'", "part") if part in err], err
 
 
 def test_urls_hold_every_kind_of_host() -> None:
