@@ -1656,6 +1656,11 @@ WHERE CAST(s.schema_name AS BINARY) = CAST(%(name)s AS BINARY)
 
 SELECT_ROLE = "SELECT 1 FROM mysql.user AS u WHERE u.user = %(name)s AND u.host = '%'"
 
+# The server takes the account whose host fits best, and looks at the password only then.
+SELECT_NARROWER = """
+SELECT u.host FROM mysql.user AS u WHERE u.user = %(name)s AND u.host <> '%' ORDER BY u.host
+"""
+
 # With it on, _ and % in the database's name of a grant mean themselves.
 SELECT_PARTIAL_REVOKES = "SELECT @@GLOBAL.partial_revokes"
 
@@ -2731,6 +2736,13 @@ class MySQLAdministrator:
         self.names.check(longest_database=64, longest_account=32)
         if "\\" in self.names.database:
             raise ConfigurationError("the database's name: no backslash can stand in a grant")
+        for option, name in (("--user", self.names.application), ("--reader", self.names.reader)):
+            for (host,) in _execute(self._connection, SELECT_NARROWER, {"name": name}):
+                account = f"{literal(name).decode()}@{literal(host).decode()}"
+                raise ConfigurationError(
+                    f"{account}: is there, and who comes from that host would log in as that one; "
+                    f"name another with {option}, or DROP USER {account}"
+                )
 
     def has_database(self) -> bool:
         return self._found(SELECT_DATABASE, self.names.database)

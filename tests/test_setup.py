@@ -429,6 +429,25 @@ def test_a_backslash_cannot_stand_in_mysqls_grants(run: Setup, backend: str) -> 
 
 
 @pytest.mark.only("mysql")
+def test_an_account_of_one_host_that_would_shadow_a_new_one_is_refused(
+    run: Setup, backend: str
+) -> None:
+    name = f"monitor_reader_{run.environment}"
+    run.server.execute(f"CREATE USER '{name}'@'localhost' IDENTIFIED BY 'theirs'")
+    try:
+        status, _, err = run()
+        assert (status, err.count("\n")) == (1, 1)
+        assert f"DROP USER '{name}'@'localhost'" in err
+        assert "--reader" in err
+        assert not run.passwords.exists()
+        users = "SELECT user FROM mysql.user WHERE user LIKE '%{}'"
+        assert run.server.execute(users.format(run.environment)) == [(name,)]
+    finally:
+        run.server.execute(f"DROP USER '{name}'@'localhost'")
+    assert run()[0] == 0
+
+
+@pytest.mark.only("mysql")
 def test_where_grants_take_no_wildcards_names_are_not_escaped(run: Setup, backend: str) -> None:
     run.server.execute("SET GLOBAL partial_revokes = ON")
     try:
@@ -859,7 +878,6 @@ def test_a_server_that_cannot_be_is_refused_in_one_line(
         "root:s3cr[et]part",
     ],
 )
-@pytest.mark.parametrize("backend", ["mysql", "postgresql"])
 def test_no_part_of_a_password_is_told_of_a_url_that_cannot_be_read(
     backend: str, login: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
