@@ -105,6 +105,10 @@ def _server_of_url(url: str, backend: str, parameters: dict[str, str]) -> Server
     given = dict(parse_qsl(parts.query))
     host = given.pop("host" if backend == "postgresql" else "socket", "") or parts.hostname
     password = given.pop("password", "") or unquote(parts.password or "")
+    if backend == "mysql" and not password:  # the other's driver looks for it by itself
+        from contextuate_persist.mysql_store import read_option_files  # noqa: PLC0415
+
+        password = os.environ.get("MYSQL_PWD") or read_option_files().get("password", "")
     # What is left stands in the URLs of the accounts, too, which are shown.
     if unknown := given.keys() - set(tls.WORDS.values()):
         raise ConfigurationError(f"--url: {min(unknown)} is not for setting up; see --help")

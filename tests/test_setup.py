@@ -839,6 +839,8 @@ def test_a_url_names_the_administrator(run: Setup) -> None:
     status, _, err = run("--url", f"{place}?sslmode=require")
     assert status == 0
     assert "password on the command line" in err
+    assert "CONTEXTUATE_DATABASE_URL" not in err  # which the command does not read
+    assert ("~/.pgpass" if run.backend == "postgresql" else "~/.my.cnf") in err
     assert run.server.admin_password not in err
     assert "sslmode=require" in run.url()
     login, _, rest = place.partition("://")[2].rpartition("@")
@@ -846,6 +848,28 @@ def test_a_url_names_the_administrator(run: Setup) -> None:
     assert run("--url", place)[0] == 0
     assert run.server.admin_password not in "".join(run.seen)
     assert "colour is not for" in run("--url", f"{place}&colour=red")[2]
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_a_urls_password_comes_from_where_it_is_said_to(
+    run: Setup, place: str, tmp_path: Path
+) -> None:
+    server = run.server
+    variables = {}
+    if place == "environment":
+        name = "PGPASSWORD" if run.backend == "postgresql" else "MYSQL_PWD"
+        variables[name] = server.admin_password
+    else:
+        name, text = ".pgpass", f"*:*:*:*:{server.admin_password}\n"
+        if run.backend == "mysql":
+            name, text = ".my.cnf", f"[client]\npassword={server.admin_password}\n"
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    url = f"{run.backend}://{server.admin_user}@{ELSEWHERE}:{server.port}/postgres"
+    with run.monkeypatch.context() as patch:
+        patch.setattr(Setup, "variables", variables)
+        status, _, err = run("--url", url)
+    assert (status, err) == (0, "")
 
 
 @pytest.mark.parametrize(
