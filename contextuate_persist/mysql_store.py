@@ -2317,8 +2317,10 @@ class MySQLStore(BaseStore):
             path = "/" + quote(names.database, safe="")
             return MySQLStore(urlunsplit(urlsplit(self._url)._replace(path=path)))
 
-        connection = self._connect()
+        # A big database is dropped on a busy disk in more than a statement's time.
+        connection = self._connect(patient=True)
         try:
+            connection.cmd_query(ALLOW_LONG_STATEMENTS)
             yield MySQLAdministrator(connection, names, self._place, opened)
         except (MySQLError, MySQLInterfaceError) as error:
             raise self._error(self._fault(error) or Fault.REFUSED, error) from error

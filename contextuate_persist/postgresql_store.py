@@ -2660,6 +2660,9 @@ class PostgreSQLStore(BaseStore):
             return PostgreSQLStore(conninfo)
 
         with self._connect() as connection:
+            # A big database is made and dropped on a busy disk in more than a statement's time.
+            connection.patience = float("inf")
+            connection.execute(ALLOW_LONG_STATEMENTS)
             try:
                 yield PostgreSQLAdministrator(connection, names, self._place, opened)
             except psycopg.Error as error:

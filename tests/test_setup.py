@@ -428,6 +428,22 @@ def test_a_backslash_cannot_stand_in_mysqls_grants(run: Setup, backend: str) -> 
     assert "no backslash" in run("--database", "a\\b")[2]
 
 
+def test_an_administrators_statements_may_take_their_time(server: servers.Server) -> None:
+    store: Any = open_store(server.url("mysql"), statement_timeout=0.2)
+    sleep = "SELECT SLEEP(1.5)"
+    if server.kind == "postgresql":
+        store, sleep = (
+            open_store(server.url("postgres"), statement_timeout=0.2),
+            "SELECT pg_sleep(1)",
+        )
+    else:
+        store._arguments["read_timeout"] = 1
+    with store.administer(Names()) as administrator:
+        cursor = administrator._connection.cursor()
+        cursor.execute(sleep)
+        assert cursor.fetchall()[0][0] in (0, "")  # MySQL's is 1 if it was ended
+
+
 @pytest.mark.only("mysql")
 def test_an_account_of_one_host_that_would_shadow_a_new_one_is_refused(
     run: Setup, backend: str
