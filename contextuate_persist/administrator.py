@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode
 
 from contextuate_persist import display, tls
 from contextuate_persist.accounts import Names
@@ -29,6 +29,7 @@ class Server:
     password: str = field(default="", repr=False)
     host: str = "localhost"
     port: int | None = None
+    database: str = ""  # where the administrator logs in, if not where all can
     parameters: Mapping[str, str] = field(default_factory=dict)
 
     def url(self, database: str, user: str, password: str = "") -> str:
@@ -45,19 +46,23 @@ class Server:
 
     def administrator(self) -> BaseStore:
         try:
-            url = self.url(_MAINTENANCE[self.backend], self.user, self.password)
+            database = self.database or _MAINTENANCE[self.backend]
+            url = self.url(database, self.user, self.password)
         except UnicodeEncodeError:
             reason = "setup: a setting of the server holds bytes that are not UTF-8"
             raise ConfigurationError(reason) from None
         return open_store(url)
 
 
-def find_server(args: argparse.Namespace, backend: str) -> Server:
-    """The administrator's connection: URL, else environment, else (MySQL) option files."""
+def find_server(args: argparse.Namespace, backend: str, database: str) -> Server:
+    """The administrator's connection: URL, else environment, else (MySQL) option files.
+
+    The URL's database is where the administrator logs in, unless it is the one to be set up.
+    """
     words = {"mode": args.tls_mode, "ca": args.tls_ca, "cert": args.tls_cert, "key": args.tls_key}
     parameters = {tls.WORDS[name]: str(value) for name, value in words.items() if value}
     if args.url:
-        return _server_of_url(args.url, backend, parameters)
+        return _server_of_url(args.url, backend, parameters, database)
     found = {name: os.environ.get(variable, "") for name, variable in variables(backend).items()}
     if backend == "mysql":
         from contextuate_persist.mysql_store import read_option_files  # noqa: PLC0415
@@ -98,17 +103,18 @@ def port_of(text: str, backend: str) -> int | None:
     return int(text) if text else None
 
 
-def _server_of_url(url: str, backend: str, parameters: dict[str, str]) -> Server:
+def _server_of_url(url: str, backend: str, parameters: dict[str, str], database: str) -> Server:
     parts = split_url(url)
     if parts.scheme not in (backend, backend.removesuffix("ql")):
         raise ConfigurationError(f"--url: {backend}:// is set up here")
     given = dict(parse_qsl(parts.query))
-    host = given.pop("host" if backend == "postgresql" else "socket", "") or parts.hostname
+    host = given.pop("host" if backend == "postgresql" else "socket", "") or _host(parts)
     password = given.pop("password", "") or unquote(parts.password or "")
     if backend == "mysql" and not password:  # the other's driver looks for it by itself
         from contextuate_persist.mysql_store import read_option_files  # noqa: PLC0415
 
         password = os.environ.get("MYSQL_PWD") or read_option_files().get("password", "")
+    path = unquote(parts.path.lstrip("/"))
     # What is left stands in the URLs of the accounts, too, which are shown.
     if unknown := given.keys() - set(tls.WORDS.values()):
         raise ConfigurationError(f"--url: {min(unknown)} is not for setting up; see --help")
@@ -118,8 +124,16 @@ def _server_of_url(url: str, backend: str, parameters: dict[str, str]) -> Server
         password=password,
         host=host or "localhost",
         port=parts.port,
+        # The one to be set up may not be there yet, and nobody drops the one that he is in.
+        database="" if backend == "mysql" or path == database else path,
         parameters=given | parameters,
     )
+
+
+def _host(parts: SplitResult) -> str:
+    """The host of a URL, a socket's directory among them, whose letters keep their case."""
+    quoted = parts.netloc.rpartition("@")[2]
+    return unquote(quoted.partition(":")[0]) if "%2f" in quoted.lower() else parts.hostname or ""
 
 
 def with_password(server: Server) -> Server:

@@ -511,9 +511,9 @@ def _add_hook(parser: argparse.ArgumentParser) -> None:
 
 _SETUP_EPILOG = """\
 The server is that of MYSQL_HOST, MYSQL_PORT and MYSQL_USER, else of MySQL's option files; of
-PG_HOST, PG_PORT and PG_USER, else of libpq's PGHOST, PGPORT and PGUSER; or of --url. The
-administrator's password comes from there (MYSQL_PWD, PGPASSWORD, ~/.pgpass), or is asked for on a
-terminal.
+PG_HOST, PG_PORT and PG_USER, else of libpq's PGHOST, PGPORT and PGUSER; or of --url, which also
+names the database that PostgreSQL's administrator logs in to (postgres). The administrator's
+password comes from there (MYSQL_PWD, PGPASSWORD, ~/.pgpass), or is asked for on a terminal.
 
 Setting up again changes nothing that is there. After --rotate the old passwords stay valid until
 --discard-old, or until the next --rotate: MySQL's accounts have two passwords then; in PostgreSQL

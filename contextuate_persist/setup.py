@@ -151,7 +151,10 @@ def _names(args: argparse.Namespace) -> Names:
 
 def _set_up(args: argparse.Namespace, backend: str, keeper: Keeper, *, docker: bool) -> None:
     names = _names(args)
-    server = _in_docker(args, backend) if docker else with_password(find_server(args, backend))
+    if docker:
+        server = _in_docker(args, backend)
+    else:
+        server = with_password(find_server(args, backend, names.database))
     if not args.json:
         show([paint(f"{backend}: {display.safe(names.database)}", "bold")])
     work = _Work(args=args, server=server, names=names, keeper=keeper)

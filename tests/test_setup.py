@@ -478,7 +478,7 @@ def test_where_grants_take_no_wildcards_names_are_not_escaped(run: Setup, backen
 def test_an_administrator_need_not_be_superuser(run: Setup, backend: str) -> None:
     admin = f"admin_{run.environment}"
     run.server.execute(f"CREATE ROLE {admin} LOGIN CREATEDB CREATEROLE PASSWORD 'pw'")
-    place = f"postgresql://{admin}:pw@{ELSEWHERE}:{run.server.port}/any"
+    place = f"postgresql://{admin}:pw@{ELSEWHERE}:{run.server.port}/postgres"
     for expected in ("created", "nothing was changed"):
         status, out, err = run("--url", place)
         assert (status, expected in out) == (0, True), err
@@ -851,7 +851,7 @@ def test_a_socket_is_used_where_it_is_named(run: Setup, tmp_path: Path) -> None:
 
 
 def test_a_url_names_the_administrator(run: Setup) -> None:
-    place = run.server.url("any").replace("127.0.0.1", ELSEWHERE)
+    place = run.server.url("postgres").replace("127.0.0.1", ELSEWHERE)
     status, _, err = run("--url", f"{place}?sslmode=require")
     assert status == 0
     assert "password on the command line" in err
@@ -864,6 +864,33 @@ def test_a_url_names_the_administrator(run: Setup) -> None:
     assert run("--url", place)[0] == 0
     assert run.server.admin_password not in "".join(run.seen)
     assert "colour is not for" in run("--url", f"{place}&colour=red")[2]
+
+
+@pytest.mark.only("postgresql")
+def test_a_url_names_the_administrators_database(run: Setup, backend: str) -> None:
+    place = f"defaultdb_{run.environment}"
+    status, _, err = run("--url", run.server.url(place))
+    assert (status, f'"{place}" does not exist' in err) == (1, True)
+    run.server.create_database(place)
+    assert run("--url", run.server.url(place))[0] == 0
+    run.server.drop_database(place)
+    # The one to be set up is not it: it may not be there, and has to be dropped from elsewhere.
+    options = ("--url", run.server.url(run.database))
+    assert run(*options, "--reset", typed=run.database + "\n")[0] == 0
+    run.server.drop_database(run.database)
+    assert run(*options)[0] == 0
+
+
+@pytest.mark.only("postgresql")
+def test_a_url_may_name_a_socket_as_its_host(run: Setup, backend: str, tmp_path: Path) -> None:
+    assert run.server.socket_path is not None
+    link = tmp_path / "Here"
+    link.symlink_to(run.server.socket_path)
+    host = quote(str(link), safe="")
+    place = run.server.url("postgres").replace("127.0.0.1", host)
+    assert run("--url", place)[0] == 0
+    with open_store(run.url()) as store:
+        assert store.save_event(event()) is True
 
 
 @pytest.mark.parametrize("place", ["environment", "file"])
