@@ -141,21 +141,35 @@ def with_password(server: Server) -> Server:
     try:
         try_login(server)
     except PersistenceError as error:
+        variable = variables(server.backend)
+        # Where a distribution's package lets its administrator in by the name at the system alone.
+        socket = f"{variable['host']}={_SOCKETS[server.backend]}"
+        if getattr(error.__cause__, "errno", None) == _NO_USE or _NO_PEER in str(error):
+            raise ConfigurationError(
+                f"{server.user} logs in without a password, and only as the system's user of that "
+                f"name: run this as {server.user} with {socket}"
+            ) from None
         lacking = any(words in str(error) for words in _NO_PASSWORD)
         if server.password or not lacking:
             raise
         if not (sys.stdin and sys.stdin.isatty()):
-            variable = variables(server.backend)["password"]
             file = "~/.pgpass" if server.backend == "postgresql" else "~/.my.cnf"
             raise ConfigurationError(
-                f"{server.user} has a password: put it into {variable} or {file}, or run this on a "
-                "terminal, which asks for it"
+                f"{server.user} needs a password: put it into {variable['password']} or {file}, or "
+                "run this on a terminal, which asks for it; if the server knows the system's user, "
+                f"it needs none with {socket}"
             ) from None
         asked = getpass.getpass(f"Password of {display.safe(server.user)}: ")
         server = replace(server, password=asked)
         try_login(server)
     return server
 
+
+#: Where Debian's packages have their sockets.
+_SOCKETS = {"postgresql": "/var/run/postgresql", "mysql": "/run/mysqld/mysqld.sock"}
+
+#: What is said of an account that no password opens: MySQL's number, PostgreSQL's words.
+_NO_USE, _NO_PEER = 1698, "Peer authentication failed"
 
 #: What the drivers say of a login that lacks a password.
 _NO_PASSWORD = ("no password supplied", "using password: NO")

@@ -805,6 +805,24 @@ def test_without_a_terminal_a_missing_password_is_said_with_its_places(run: Setu
         status, _, err = run()
     assert status == 1
     assert ("~/.pgpass" if run.backend == "postgresql" else "~/.my.cnf") in err
+    assert ("PG_HOST=/var/run/postgresql" if run.backend == "postgresql" else "MYSQL_HOST=/") in err
+
+
+@pytest.mark.only("mysql")
+def test_an_administrator_without_any_password_is_said_to_need_the_socket(
+    run: Setup, backend: str
+) -> None:
+    name = f"socket_{run.environment}"
+    run.server.execute("INSTALL PLUGIN auth_socket SONAME 'auth_socket.so'")
+    try:
+        run.server.execute(f"CREATE USER '{name}'@'%' IDENTIFIED WITH auth_socket")
+        for password in ("", ":wrong"):
+            place = f"mysql://{name}{password}@127.0.0.1:{run.server.port}/mysql"
+            status, _, err = run("--url", place)
+            assert (status, f"run this as {name} with MYSQL_HOST=/run" in err) == (1, True), err
+        run.server.drop_login(name)
+    finally:
+        run.server.execute("UNINSTALL PLUGIN auth_socket")
 
 
 # --- Where the server is --------------------------------------------------------------------------
