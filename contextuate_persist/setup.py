@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--url: only for the administrator of a server that is there")
     if docker:
         containers.require_docker()
-    keeper = Keeper(args.passwords)
+    keeper = Keeper(args.passwords, may_show=not args.json)
     try:
         for backend in backends:
             _set_up(args, backend, keeper, docker=docker)
@@ -64,14 +64,17 @@ def run(args: argparse.Namespace) -> int:
 class Keeper:
     """Keeps new passwords in a file that only its owner reads, or shows them once on a terminal."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, *, may_show: bool) -> None:
         self._file = file
+        self._may_show = may_show
         self._lines: list[str] = []
         self.made: list[Account] = []
         self.server: Server | None = None
         self.database = ""
 
     def require(self) -> None:
+        if self._file is None and not self._may_show:
+            raise ConfigurationError("passwords: --json shows none: give --passwords FILE")
         if self._file is None and not (sys.stdout and sys.stdout.isatty()):
             raise ConfigurationError(
                 "passwords: the output is no terminal, and may be kept or read by others: give "

@@ -631,7 +631,7 @@ def test_without_a_safe_place_for_passwords_nothing_is_done(run: Setup) -> None:
 
 
 def _without_file(init: Any) -> Any:
-    return lambda self, file: init(self, None)
+    return lambda self, file, **more: init(self, None, **more)
 
 
 def test_a_file_of_passwords_that_others_read_is_refused(run: Setup, tmp_path: Path) -> None:
@@ -796,6 +796,16 @@ def test_a_terminal_is_asked_and_shown_passwords_once_in_colour(run: Setup) -> N
     again.type("wrong\n")
     assert again.wait() == 1
     assert "shown this once" not in again.output
+
+
+def test_no_password_stands_among_json_lines_on_a_terminal(run: Setup) -> None:
+    command = [sys.executable, "-m", "contextuate_persist", *run.arguments, "--json"]
+    terminal = Terminal(
+        [*command, "--environment", run.environment], {**os.environ, **run.variables}
+    )
+    assert terminal.wait() == 1
+    assert terminal.output.count("\n") == 1
+    assert "--json shows none: give --passwords FILE" in terminal.output
 
 
 def test_without_a_terminal_a_missing_password_is_said_with_its_places(run: Setup) -> None:
