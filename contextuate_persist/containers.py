@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -22,6 +23,7 @@ class Image:
     tag: str  # pinned: next year's run starts the same server
     container: str
     port: int
+    port_variable: str
     user: str
     password_variable: str
     data: str  # where in the container its volume lies
@@ -33,6 +35,7 @@ IMAGES = {
         tag="mysql:9.7.0",
         container="contextuate-mysql",
         port=3306,
+        port_variable="MYSQL_PORT",
         user="root",
         password_variable="MYSQL_ROOT_PASSWORD",  # noqa: S106  (a name, not a password)
         data="/var/lib/mysql",
@@ -42,6 +45,7 @@ IMAGES = {
         tag="postgres:17.10",
         container="contextuate-postgres",
         port=5432,
+        port_variable="PG_PORT",
         user="postgres",
         password_variable="POSTGRES_PASSWORD",  # noqa: S106  (a name, not a password)
         data="/var/lib/postgresql/data",
@@ -61,28 +65,55 @@ def require_docker() -> None:
         raise ConfigurationError(f"docker does not run ({error}): start it, {way_out}") from None
 
 
-def start(image: Image, port: int) -> bool:
-    """Start the container, on this machine's loopback only; False if it ran already."""
+def start(image: Image, port: int | None) -> tuple[bool, int]:
+    """Start the container, on this machine's loopback only: whether it had to be, and its port.
+
+    Raises ConfigurationError if the one that is there has another port than the given.
+    """
     listed = ["ps", "--all", "--filter", f"name=^{image.container}$", "--format", "{{.State}}"]
     state = _docker(listed)
-    if state == "running":
-        return False
-    if state:
+    if state == "created":  # its port could not be had: it never ran, and has no data
+        _docker(["rm", image.container])
+        state = ""
+    if not state:
+        return True, _run(image, port or image.port)
+    # Not `docker port`, which tells nothing of one that is stopped.
+    bound = f'(index (index .HostConfig.PortBindings "{image.port}/tcp") 0).HostPort'
+    held = int(_docker(["inspect", "--format", f"{{{{{bound}}}}}", image.container]))
+    if port not in (None, held):
+        raise ConfigurationError(
+            f"{image.port_variable}: {image.container} has port {held}; to give it another, first "
+            f"docker rm --force {image.container} (its data stays)"
+        )
+    if state != "running":
         _docker(["start", image.container])
-        return True
+    return state != "running", held
+
+
+def _run(image: Image, port: int) -> int:
+    """Make the container and run it; its port."""
     # By the environment: whatever stands on a command line everybody on the machine can read.
     variable = image.password_variable
-    _docker(
-        [
-            "run", "--detach", "--name", image.container,
-            "--publish", f"127.0.0.1:{port}:{image.port}",
-            "--volume", f"{image.container}:{image.data}",
-            "--env", variable, image.tag,
-        ],
-        seconds=_PULL_SECONDS,
-        **{variable: secrets.token_urlsafe(24)},
-    )  # fmt: skip
-    return True
+    try:
+        _docker(
+            [
+                "run", "--detach", "--name", image.container,
+                "--publish", f"127.0.0.1:{port}:{image.port}",
+                "--volume", f"{image.container}:{image.data}",
+                "--env", variable, image.tag,
+            ],
+            seconds=_PULL_SECONDS,
+            **{variable: secrets.token_urlsafe(24)},
+        )  # fmt: skip
+    except StoreUnavailable as error:
+        # It is made even if it cannot run, and would be started later with the port that is taken.
+        with contextlib.suppress(StoreUnavailable):
+            _docker(["rm", image.container])
+        if "port" in str(error) or "address" in str(error):
+            reason = f"{error}; name another port with {image.port_variable}"
+            raise StoreUnavailable(reason) from None
+        raise
+    return port
 
 
 def administrator_password(image: Image) -> str:

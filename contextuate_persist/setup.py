@@ -23,7 +23,6 @@ from contextuate_persist.administrator import (
     find_server,
     port_of,
     try_login,
-    variables,
     with_password,
 )
 from contextuate_persist.config import open_store
@@ -271,8 +270,8 @@ def _summarize(work: _Work, user: str) -> None:
 def _in_docker(args: argparse.Namespace, backend: str) -> Server:
     """The server of a container that runs and answers."""
     image = containers.IMAGES[backend]
-    port = port_of(os.environ.get(variables(backend)["port"], ""), backend) or image.port
-    started = containers.start(image, port)
+    given = port_of(os.environ.get(image.port_variable, ""), backend)
+    started, port = containers.start(image, given)
     password = containers.administrator_password(image)
     server = Server(
         backend=backend, user=image.user, password=password, host="127.0.0.1", port=port

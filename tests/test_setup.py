@@ -1017,7 +1017,11 @@ case "$1" in
     version) cat {tmp_path}/broken 2>/dev/null && exit 1; echo 27.0 ;;
     ps) cat {tmp_path}/state ;;
     run) [ -n "$MYSQL_ROOT_PASSWORD$POSTGRES_PASSWORD" ] || exit 7
+        echo created >{tmp_path}/state
+        [ ! -e {tmp_path}/taken ] || {{ echo 'port is already allocated' >&2; exit 125; }}
         echo running >{tmp_path}/state ;;
+    rm) : >{tmp_path}/state ;;
+    inspect) echo {run.server.port} ;;
     start) echo running >{tmp_path}/state ;;
     exec) cat {tmp_path}/admin ;;
 esac
@@ -1054,9 +1058,35 @@ def test_docker_starts_a_pinned_server_and_says_what_comes_next(run: Setup, dock
         (docker / "calls").unlink()
         assert "nothing was changed" in run()[1]
         verbs = [call.split()[0] for call in (docker / "calls").read_text().splitlines()]
-        assert verbs == ["version", "ps", *([verb] if verb else []), "exec"]
+        assert verbs == ["version", "ps", "inspect", *([verb] if verb else []), "exec"]
     assert run("--json")[0] == 0
     [json.loads(line) for line in run.seen[-2].splitlines()]
+
+
+def test_a_container_whose_port_is_taken_does_not_stay(run: Setup, docker: Path) -> None:
+    variable = "PG_PORT" if run.backend == "postgresql" else "MYSQL_PORT"
+    (docker / "taken").touch()
+    status, _, err = run()
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"already allocated; name another port with {variable}" in err
+    assert (docker / "state").read_text() == ""
+    (docker / "taken").unlink()
+    (docker / "state").write_text("created")  # as one stays that is killed there
+    (docker / "calls").unlink()
+    assert run()[0] == 0
+    verbs = [call.split()[0] for call in (docker / "calls").read_text().splitlines()]
+    assert verbs == ["version", "ps", "rm", "run", "exec"]
+
+
+def test_a_container_keeps_its_port(run: Setup, docker: Path) -> None:
+    assert run()[0] == 0
+    with run.monkeypatch.context() as patch:
+        patch.setattr(Setup, "variables", {})
+        assert run()[0] == 0
+    with run.monkeypatch.context() as patch:
+        patch.setattr(Setup, "variables", dict.fromkeys(("PG_PORT", "MYSQL_PORT"), "1"))
+        status, _, err = run()
+    assert (status, f"has port {run.server.port}; " in err, err.count("\n")) == (1, True, 1)
 
 
 def test_without_docker_the_way_out_is_said(run: Setup, docker: Path) -> None:
