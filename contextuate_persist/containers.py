@@ -15,6 +15,9 @@ from contextuate_persist.errors import ConfigurationError, StoreUnavailable
 _COMMAND_SECONDS = 60
 _PULL_SECONDS = 1800
 
+# The servers look at a new password only while there is no data, and that outlives a container.
+_PASSWORD_FILE = ".contextuate-password"  # noqa: S105  (a name, not a password)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
@@ -103,7 +106,7 @@ def _run(image: Image, port: int) -> int:
                 "--env", variable, image.tag,
             ],
             seconds=_PULL_SECONDS,
-            **{variable: secrets.token_urlsafe(24)},
+            **{variable: _kept_password(image) or secrets.token_urlsafe(24)},
         )  # fmt: skip
     except StoreUnavailable as error:
         # It is made even if it cannot run, and would be started later with the port that is taken.
@@ -117,8 +120,30 @@ def _run(image: Image, port: int) -> int:
 
 
 def administrator_password(image: Image) -> str:
-    """The password that the container was made with; it is kept nowhere else."""
+    """The password that the container was made with; else it is kept in the volume alone."""
     return _docker(["exec", image.container, "printenv", image.password_variable])
+
+
+def keep_password(image: Image) -> None:
+    """Put the password beside the data: the next container of the volume has to have the same."""
+    file = f"{image.data}/{_PASSWORD_FILE}"
+    script = (
+        f"umask 077; [ -s {file} ] || {{ printenv {image.password_variable} >{file}.new "
+        f"&& chown --reference={image.data} {file}.new && mv {file}.new {file}; }}"
+    )
+    _docker(["exec", image.container, "sh", "-c", script])
+
+
+def _kept_password(image: Image) -> str:
+    """The password of the server whose data is in the volume; empty if there is none."""
+    script = f"cat {image.data}/{_PASSWORD_FILE} 2>/dev/null || :"
+    return _docker(
+        [
+            "run", "--rm", "--volume", f"{image.container}:{image.data}",
+            "--entrypoint", "sh", image.tag, "-c", script,
+        ],
+        seconds=_PULL_SECONDS,
+    )  # fmt: skip
 
 
 def hints(image: Image) -> dict[str, str]:

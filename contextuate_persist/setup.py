@@ -28,7 +28,12 @@ from contextuate_persist.administrator import (
 from contextuate_persist.config import open_store
 from contextuate_persist.console import paint, show, show_json, tell
 from contextuate_persist.doctor import Level
-from contextuate_persist.errors import ConfigurationError, PersistenceError, StoreUnavailable
+from contextuate_persist.errors import (
+    ConfigurationError,
+    PersistenceError,
+    StoreRefused,
+    StoreUnavailable,
+)
 
 #: How long a container may take until it answers: the first start makes a database cluster.
 WAIT_SECONDS = 120.0
@@ -285,6 +290,13 @@ def _in_docker(args: argparse.Namespace, backend: str) -> Server:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
+        except StoreRefused as error:
+            raise ConfigurationError(
+                f"{error}: the volume {image.container} has another password than its container; "
+                f"if its data may go: docker rm --force {image.container}, "
+                f"docker volume rm {image.container}"
+            ) from None
+    containers.keep_password(image)
     if not args.json:
         done = "started" if started else "runs already"
         show([f"  {'container':12} {image.container} {done} ({image.tag})"])

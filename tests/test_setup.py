@@ -1009,6 +1009,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Setup) -> Path:
     place.mkdir()
     (tmp_path / "admin").write_text(run.server.admin_password)
     (tmp_path / "state").touch()
+    (tmp_path / "volume").touch()
     program = place / "docker"
     program.write_text(
         f"""#!/bin/sh
@@ -1016,14 +1017,17 @@ echo "$@" >>{tmp_path}/calls
 case "$1" in
     version) cat {tmp_path}/broken 2>/dev/null && exit 1; echo 27.0 ;;
     ps) cat {tmp_path}/state ;;
-    run) [ -n "$MYSQL_ROOT_PASSWORD$POSTGRES_PASSWORD" ] || exit 7
+    run) [ "$2" != --rm ] || {{ cat {tmp_path}/volume; exit; }}
+        [ -n "$MYSQL_ROOT_PASSWORD$POSTGRES_PASSWORD" ] || exit 7
+        echo "$MYSQL_ROOT_PASSWORD$POSTGRES_PASSWORD" >{tmp_path}/given
         echo created >{tmp_path}/state
         [ ! -e {tmp_path}/taken ] || {{ echo 'port is already allocated' >&2; exit 125; }}
         echo running >{tmp_path}/state ;;
     rm) : >{tmp_path}/state ;;
     inspect) echo {run.server.port} ;;
     start) echo running >{tmp_path}/state ;;
-    exec) cat {tmp_path}/admin ;;
+    exec) [ "$3" = printenv ] || {{ cp {tmp_path}/admin {tmp_path}/volume; exit; }}
+        cat {tmp_path}/admin ;;
 esac
 """
     )
@@ -1045,7 +1049,7 @@ def test_docker_starts_a_pinned_server_and_says_what_comes_next(run: Setup, dock
     for words in (f"docker stop {name}", f"docker rm --force {name}", "docker exec --interactive"):
         assert words in out
     calls = (docker / "calls").read_text().splitlines()
-    [started] = [call for call in calls if call.startswith("run ")]
+    [started] = [call for call in calls if call.startswith("run --detach")]
     assert f"--name {name}" in started
     assert f"127.0.0.1:{run.server.port}:" in started
     assert ":latest" not in started
@@ -1058,7 +1062,7 @@ def test_docker_starts_a_pinned_server_and_says_what_comes_next(run: Setup, dock
         (docker / "calls").unlink()
         assert "nothing was changed" in run()[1]
         verbs = [call.split()[0] for call in (docker / "calls").read_text().splitlines()]
-        assert verbs == ["version", "ps", "inspect", *([verb] if verb else []), "exec"]
+        assert verbs == ["version", "ps", "inspect", *([verb] if verb else []), "exec", "exec"]
     assert run("--json")[0] == 0
     [json.loads(line) for line in run.seen[-2].splitlines()]
 
@@ -1075,7 +1079,19 @@ def test_a_container_whose_port_is_taken_does_not_stay(run: Setup, docker: Path)
     (docker / "calls").unlink()
     assert run()[0] == 0
     verbs = [call.split()[0] for call in (docker / "calls").read_text().splitlines()]
-    assert verbs == ["version", "ps", "rm", "run", "exec"]
+    assert verbs == ["version", "ps", "rm", "run", "run", "exec", "exec"]
+
+
+def test_a_volume_that_outlives_its_container_keeps_the_password(run: Setup, docker: Path) -> None:
+    assert run()[0] == 0
+    assert (docker / "given").read_text().strip() not in ("", run.server.admin_password)
+    (docker / "state").write_text("")
+    assert "nothing was changed" in run()[1]
+    assert (docker / "given").read_text().strip() == run.server.admin_password
+    (docker / "admin").write_text("another")  # of a volume that has none in it
+    status, _, err = run()
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"docker volume rm {CONTAINERS[run.backend]}" in err
 
 
 def test_a_container_keeps_its_port(run: Setup, docker: Path) -> None:
