@@ -275,6 +275,16 @@ def _ended(pid: str) -> bool:
         return True
 
 
+def _user_of(pid: str) -> int | None:
+    """The effective uid of a process; None if it is gone. (/proc/PID may belong to root.)"""
+    try:
+        status = Path("/proc", pid, "status").read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
 _open_locks: set[int] = set()
 
 
@@ -522,14 +532,46 @@ class EmbeddedPostgreSQL:
 
     def _processes(self) -> list[int]:
         """All processes of this data directory's server: PostgreSQL's, with it as directory."""
-        found = []
+        found, hidden = [], []
         for process in Path("/proc").iterdir():
             if process.name.isdigit():
                 with contextlib.suppress(OSError):
-                    is_server = (process / "comm").read_text().strip() == "postgres"
-                    if is_server and (process / "cwd").readlink() == self.data:
-                        found.append(int(process.name))
-        return found
+                    if (process / "comm").read_bytes() != b"postgres\n":
+                        continue
+                    try:
+                        ours = (process / "cwd").samefile(self.data)
+                    except PermissionError:
+                        hidden.append(process.name)
+                    else:
+                        if ours:
+                            found.append(int(process.name))
+        return found + self._hidden_processes(hidden)
+
+    def _hidden_processes(self, pids: Sequence[str]) -> list[int]:
+        """Those of these processes that are the server's, as the server's account sees them.
+
+        Root without CAP_SYS_PTRACE, as in most containers, may not look at those of others.
+        """
+        if not pids or not self.data.exists():
+            return []
+        account = self._account or Account.choose(self.data)
+        mine = [pid for pid in pids if _user_of(pid) == account.uid]
+        if not mine:
+            return []
+        script = (
+            'data=$1; shift; for pid; do test -e "/proc/$pid/cwd" || continue; '
+            'test "/proc/$pid/cwd" -ef "$data" && echo "$pid yes" || echo "$pid no"; done'
+        )
+        said = account.run(["/bin/sh", "-c", script, "sh", self.data, *mine]).stdout.splitlines()
+        answers = dict(line.split() for line in said)
+        for pid in mine:
+            if pid not in answers and not _ended(pid):
+                # Taken for another's, it would run on without an end, or beside a second server.
+                raise StoreUnavailable(
+                    f"it cannot be seen whether process {pid} is the PostgreSQL in {self.data}: "
+                    f"{account.name} may not look at it"
+                )
+        return [int(pid) for pid, answer in answers.items() if answer == "yes"]
 
     def _ensure_running(self) -> None:
         until = time.monotonic() + START_SECONDS

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,12 @@ for line in sys.stdin:
 class Actor:
     """A process under one account that uses the server in a directory."""
 
-    def __init__(self, interpreter: str, directory: Path, user: str | None) -> None:
+    def __init__(
+        self, interpreter: str, directory: Path, user: str | None, wrapper: Sequence[str] = ()
+    ) -> None:
         path = os.pathsep.join([str(PACKAGE), *(p for p in sys.path if "site-packages" in p)])
         self.process = subprocess.Popen(
-            [interpreter, "-W", "error", "-c", ACTOR, str(directory)],
+            [*wrapper, interpreter, "-W", "error", "-c", ACTOR, str(directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -117,7 +119,7 @@ def server_pids(directory: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (process / "cwd").readlink() == directory / "data":
+            if (process / "cwd").readlink() == (directory / "data").resolve():
                 found.append(int(process.name))
     return found
 
@@ -186,8 +188,8 @@ def actor(account: str, directory: Path) -> Iterator[Callable[..., Actor]]:
     interpreter = ordinary_interpreter() if switch else sys.executable
     actors: list[Actor] = []
 
-    def make(place: Path = directory) -> Actor:
-        actors.append(Actor(interpreter, place, "nobody" if switch else None))
+    def make(place: Path = directory, wrapper: Sequence[str] = ()) -> Actor:
+        actors.append(Actor(interpreter, place, "nobody" if switch else None, wrapper))
         return actors[-1]
 
     yield make
@@ -389,6 +391,20 @@ def test_a_directory_too_long_for_a_socket_works_and_is_found_by_all(
     assert not socket.exists()
 
 
+def test_data_behind_a_link_are_of_the_same_server(
+    actor: Callable[..., Actor], directory: Path, home: Path
+) -> None:
+    one = actor()
+    one.do("server.start()")
+    one.do("server.stop()")
+    (directory / "data").rename(home / "elsewhere")
+    (directory / "data").symlink_to(home / "elsewhere")
+    one.do("server.start()")
+    assert one.do("server.running")
+    one.do("server.stop()")
+    assert gone(directory)
+
+
 def test_an_interrupted_first_start_leaves_nothing_half_made(
     actor: Callable[..., Actor], directory: Path
 ) -> None:
@@ -403,6 +419,57 @@ def test_an_interrupted_first_start_leaves_nothing_half_made(
     two.do("server.start()")
     assert two.do("query('SELECT 1')") == [[1]]
     two.do("server.stop()")
+
+
+# What root has in a container, by default: it may not look at the processes of others.
+IN_A_CONTAINER = ("setpriv", "--bounding-set", "-sys_ptrace")
+
+
+@needs_root
+@pytest.mark.parametrize("account", ["root"])
+def test_as_root_in_a_container_the_server_is_found_and_stopped(
+    actor: Callable[..., Actor], directory: Path
+) -> None:
+    one, two = actor(wrapper=IN_A_CONTAINER), actor(wrapper=IN_A_CONTAINER)
+    one.do("server.start()")
+    assert one.do("server.running")
+    pid = postmaster(directory)
+    one.kill()
+    two.do("server.start()")
+    assert postmaster(directory) == pid
+    two.do("server.stop()")
+    assert gone(directory)
+    assert not two.do("server.running")
+
+
+@needs_root
+@pytest.mark.parametrize("account", ["root"])
+def test_where_it_cannot_be_seen_which_server_a_process_is_nothing_is_touched(
+    actor: Callable[..., Actor], directory: Path, home: Path
+) -> None:
+    one = actor(wrapper=IN_A_CONTAINER)
+    one.do("server.start()")
+    one.do("server.stop()")
+    named = directory / "data" / "postmaster.pid"
+    named.write_text("1\n")
+    # Not even its own account may look at a process whose program it cannot read.
+    shutil.copy("/bin/sleep", home / "postgres")
+    (home / "postgres").chmod(0o711)
+    owner = (directory / "data").stat()
+    other = subprocess.Popen(
+        [home / "postgres", "60"], user=owner.st_uid, group=owner.st_gid, extra_groups=[]
+    )
+    try:
+        with pytest.raises(AssertionError, match=f"process {other.pid} is the PostgreSQL in "):
+            one.do("server.start()")
+        assert other.poll() is None
+        assert named.read_text() == "1\n"
+    finally:
+        other.kill()
+        other.wait()
+    one.do("server.start()")
+    one.do("server.stop()")
+    assert gone(directory)
 
 
 # The rest runs in this process, under its own account.
