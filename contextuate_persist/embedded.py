@@ -416,7 +416,8 @@ class EmbeddedPostgreSQL:
                     self._ensure_running()
                 except BaseException:
                     if not use.instances:
-                        self._give_up(use)
+                        # Stopped while it recovers from a crash, it would never come to an end.
+                        self._give_up(use, spare="starting")
                     raise
                 use.instances.add(self)
                 _uses[self.directory] = use
@@ -434,12 +435,16 @@ class EmbeddedPostgreSQL:
                 with _locked(self.directory / "start.lock"):
                     self._give_up(use)
 
-    def _give_up(self, use: _Use) -> None:
-        """Under start.lock: whoever gets the users' lock for himself alone is the last one."""
+    def _give_up(self, use: _Use, spare: str | None = None) -> None:
+        """Under start.lock: whoever gets the users' lock for himself alone is the last one.
+
+        A server in the state `spare` goes on without users, until the next one comes.
+        """
         try:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(use.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._shut_down()
+                if self._pid_file()[7:8] != [spare]:
+                    self._shut_down()
         finally:
             _close_lock(use.lock)
 

@@ -782,7 +782,7 @@ def test_a_start_that_fails_leaves_the_server_to_those_who_use_it(
         assert not one.running
 
 
-def test_a_server_that_starts_for_too_long_is_named_and_stopped(
+def test_a_server_that_is_never_ready_is_named_and_stopped(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = EmbeddedPostgreSQL(here / "pg")
@@ -796,6 +796,30 @@ def test_a_server_that_starts_for_too_long_is_named_and_stopped(
     with pytest.raises(StoreUnavailable, match="is still starting after 1 s .*server.log"):
         server.start()
     assert not server.running
+
+
+def test_a_recovery_longer_than_a_start_may_take_is_left_to_end(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EmbeddedPostgreSQL(here / "pg")
+    with server:
+        pass
+    (here / "held").touch()
+    (server.data / "recovery.signal").touch()
+    with (server.data / "postgresql.conf").open("a") as settings:
+        wait = f"while test -e {here}/held; do sleep 0.05; done; false"
+        settings.write(f"restore_command = '{wait}'\n")
+    with monkeypatch.context() as hurry:
+        hurry.setattr(embedded, "START_SECONDS", 1)
+        with pytest.raises(StoreUnavailable, match="is still starting after 1 s"):
+            server.start()
+        recovering = postmaster(here / "pg")
+        with pytest.raises(StoreUnavailable, match="the database system is starting up"):
+            server.start()
+    (here / "held").unlink()
+    with server:
+        assert postmaster(here / "pg") == recovering
+    assert gone(here / "pg")
 
 
 def test_processes_that_do_not_end_are_named_and_once_they_do_all_goes_on(
