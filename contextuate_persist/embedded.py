@@ -429,11 +429,13 @@ class EmbeddedPostgreSQL:
             use = _uses.get(self.directory)
             if use is None or self not in use.instances:
                 return
-            use.instances.discard(self)
-            if not use.instances:
+            if len(use.instances) > 1:
+                use.instances.discard(self)
+                return
+            with _locked(self.directory / "start.lock"):  # without it this remains a user
                 del _uses[self.directory]
-                with _locked(self.directory / "start.lock"):
-                    self._give_up(use)
+                use.instances.discard(self)
+                self._give_up(use)
 
     def _give_up(self, use: _Use, spare: str | None = None) -> None:
         """Under start.lock: whoever gets the users' lock for himself alone is the last one.

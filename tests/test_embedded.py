@@ -847,6 +847,22 @@ def test_processes_that_do_not_end_are_named_and_once_they_do_all_goes_on(
         assert gone(here / "pg")
 
 
+def test_a_stop_that_does_not_get_the_lock_can_be_repeated(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EmbeddedPostgreSQL(here / "pg")
+    with server, (here / "pg" / "start.lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with monkeypatch.context() as hurry:
+            hurry.setattr(embedded, "LOCK_SECONDS", 0.1)
+            with pytest.raises(StoreUnavailable, match="another process holds"):
+                server.stop()
+        assert server.running
+        fcntl.flock(held, fcntl.LOCK_UN)
+    assert gone(here / "pg")
+    assert not embedded._open_locks
+
+
 # The store that brings its server.
 
 
