@@ -375,9 +375,15 @@ class EmbeddedPostgreSQL:
         self, directory: Path | None = None, *, binaries: PostgreSQLBinaries | None = None
     ) -> None:
         if directory is None:
-            home = Path.home() / ".contextuate" / "monitor" / "postgresql"
+            home = Path("~/.contextuate/monitor/postgresql")
             directory = ROOT_DIRECTORY if os.geteuid() == 0 else home
-        self.directory = Path(os.path.realpath(directory.expanduser()))
+        try:
+            self.directory = Path(os.path.realpath(directory.expanduser()))
+        except RuntimeError as exc:
+            raise ConfigurationError(
+                "no home directory for the embedded store: set HOME, or CONTEXTUATE_DATABASE_URL "
+                "to the URL of a server"
+            ) from exc
         self.data = self.directory / "data"
         self._wanted = binaries
         self._account: Account | None = None

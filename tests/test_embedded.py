@@ -551,6 +551,26 @@ def test_a_directory_that_cannot_be_created_is_named() -> None:
 
 
 @needs_root
+def test_without_a_home_the_error_says_what_to_do() -> None:
+    interpreter = ordinary_interpreter()
+    path = os.pathsep.join([str(PACKAGE), *(p for p in sys.path if "site-packages" in p)])
+    done = subprocess.run(
+        [interpreter, "-m", "contextuate_persist", "sessions"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd="/",
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        user=12345,
+        group=12345,
+        extra_groups=[],
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "no home directory for the embedded store: set HOME" in done.stderr
+
+
+@needs_root
 def test_as_root_a_directory_that_the_account_cannot_enter_is_named_and_left_alone(
     here: Path,
 ) -> None:
