@@ -226,9 +226,7 @@ def readable_binaries(
         return binaries
     if not (prefix / "share").is_dir() or prefix in (Path("/"), Path("/usr"), Path("/usr/local")):
         raise ConfigurationError(f"the account {account.name} cannot read {program}")
-    facts = program.stat()
-    key = f"{prefix} {facts.st_size} {facts.st_mtime_ns}".encode()
-    copy = where / f"{binaries.version}-{hashlib.sha256(key).hexdigest()[:8]}"
+    copy = where / f"{binaries.version}-{_mark(prefix)}"
     if not copy.is_dir():
         _make_directory(where)
         with _locked(where / "copy.lock"):
@@ -236,6 +234,7 @@ def readable_binaries(
                 partial = where / f"{copy.name}.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(prefix, partial, symlinks=True)
+                (partial / _ORIGIN).write_bytes(os.fsencode(prefix))
                 # The modes of our copy; the original may have been installed for root alone.
                 for path in (partial, *partial.rglob("*")):
                     if not path.is_symlink():
@@ -244,6 +243,36 @@ def readable_binaries(
     if (blocked := account.unreachable(*reversed(copy.parents), copy / "bin/postgres")) is not None:
         raise ConfigurationError(_out_of_reach(account, blocked))
     return PostgreSQLBinaries(copy / "bin", binaries.version, binaries.source)
+
+
+# In a copy: of what it is one.
+_ORIGIN = "contextuate-origin"
+
+
+def _mark(prefix: Path) -> str:
+    """What tells the binaries there from others, and from an earlier version of themselves."""
+    facts = (prefix / "bin" / "postgres").stat()
+    key = os.fsencode(prefix) + f" {facts.st_size} {facts.st_mtime_ns}".encode()
+    return hashlib.sha256(key).hexdigest()[:8]
+
+
+def _remove_old_copies(where: Path, used: Path) -> None:
+    """Remove copies of binaries that are not there any more; only `used` may be in use.
+
+    Those of a virtual environment that is there stay: two that take turns would copy each time.
+    """
+    name = "[0-9]*-" + 8 * "[0-9a-f]"  # root removes nothing else, whoever owns what is above
+    for copy in where.glob(name):
+        with contextlib.suppress(OSError):
+            prefix = Path(os.fsdecode((copy / _ORIGIN).read_bytes()))
+            try:
+                mark = _mark(prefix)
+            except (FileNotFoundError, NotADirectoryError):
+                mark = "gone"
+            if copy != used and not copy.name.endswith(f"-{mark}"):
+                shutil.rmtree(copy, ignore_errors=True)
+    for partial in where.glob(f"{name}.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _out_of_reach(account: Account, blocked: Path) -> str:
@@ -480,8 +509,12 @@ class EmbeddedPostgreSQL:
                 f"are {binaries.version}: install PostgreSQL {major} to go on with it; or, to "
                 f"change over, dump it with {major}'s pg_dumpall, move {self.data} away, restore"
             )
+        return readable_binaries(binaries, account, self._copies)
+
+    @property
+    def _copies(self) -> Path:
         base = self.directory.parent if self.directory == ROOT_DIRECTORY else self.directory
-        return readable_binaries(binaries, account, base / "binaries")
+        return base / "binaries"
 
     def _socket_directory(self) -> Path:
         directory = self.directory / "socket"
@@ -602,6 +635,8 @@ class EmbeddedPostgreSQL:
         Not by pg_ctl, which pastes the paths into a shell command and looks every 0.1 s only.
         """
         self._clear_leftovers()
+        # No server of this directory runs now, and the copies are for no other.
+        _remove_old_copies(self._copies, used=self._program("postgres").parent.parent)
         with contextlib.suppress(FileNotFoundError):
             if self.log.stat().st_size > LOG_BYTES:
                 self.log.replace(self.log.with_suffix(".log.1"))

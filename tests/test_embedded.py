@@ -601,6 +601,38 @@ def test_as_root_binaries_that_the_account_cannot_read_are_copied_once(here: Pat
 
 
 @needs_root
+def test_as_root_copies_of_binaries_that_are_gone_or_changed_are_removed(here: Path) -> None:
+    original = find_postgresql()
+    if not (original.bindir.parent / "share").is_dir():
+        pytest.skip("needs the wheel's layout")
+    servers = []
+    for name in ("one", "two"):
+        shutil.copytree(original.bindir.parent, here / name, symlinks=True)
+        (here / name).chmod(0o700)
+        binaries = PostgreSQLBinaries(here / name / "bin", original.version, name)
+        servers.append(EmbeddedPostgreSQL(here / "pg", binaries=binaries))
+    one, two = servers
+
+    def copies() -> set[Path]:
+        return {path for path in (here / "pg" / "binaries").iterdir() if path.is_dir()}
+
+    with one:
+        [first] = copies()
+        os.utime(here / "one" / "bin" / "postgres")  # another version, installed over it
+        with two:
+            assert len(copies()) == 2, "the first one is running"
+    (first.parent / "17.0-01234567.partial").mkdir()  # of one that was killed
+    with one:
+        both = copies()
+    assert len(both) == 2
+    assert first not in both
+    shutil.rmtree(here / "one")
+    with two:
+        [left] = copies()
+    assert left in both
+
+
+@needs_root
 def test_as_root_binaries_that_nobody_may_copy_or_enter_are_named(here: Path) -> None:
     account = Account.choose(here)
     closed = here / "closed"
