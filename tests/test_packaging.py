@@ -63,3 +63,39 @@ def test_the_wheel_runs_the_quickstart_on_the_oldest_and_newest_python(
         run(command, "hook", "install", "--yes", "--settings", settings)
         line = json.loads(settings.read_text())["hooks"]["Stop"][0]["hooks"][0]["command"]
         assert Path(shlex.split(line)[3]).is_file()
+
+
+# A python3 that tells a version, notes what it is told, and becomes its own virtual environment.
+PYTHON = """#!/bin/sh
+echo "$*" >>"$PLACE/calls"
+case "$*" in
+*'*sys.version_info'*) cat "$PLACE/version" ;;
+*'import pip'*) [ "$0" != .venv/bin/python ] || cmp -s "$PLACE/version" .venv/version ;;
+*'-m venv'*) rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python &&
+    cp "$PLACE/version" .venv/ ;;
+esac
+"""
+
+
+def test_the_environment_is_made_once_for_each_version_of_python(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in (".ci/venv", "pyproject.toml"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def make() -> list[str]:
+        (tmp_path / "calls").write_text("")
+        environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "PLACE": str(tmp_path)}
+        command = ["./venv", "test"]  # from its own directory: it finds the checkout itself
+        subprocess.run(command, cwd=checkout / ".ci", env=environment, check=True, timeout=60)
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return [word for call in calls for word in ("-m venv", "--group test") if word in call]
+
+    for version in ("3.13", "3.14"):  # of the system's, by an upgrade
+        (tmp_path / "version").write_text(version)
+        assert make() == ["-m venv", "--group test"]
+        assert make() == []
