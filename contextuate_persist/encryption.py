@@ -127,6 +127,11 @@ def _read(file: Path) -> bytes:
         with file.open("rb") as opened:
             return opened.read(_KEY_FILE_BYTES)
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        if _SECRET in str(file).upper():  # never repeat it
+            raise ConfigurationError(
+                "key: that is a secret key itself: to decrypt name its file, to encrypt give the "
+                "public one, which begins with age1"
+            ) from None
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(f"{str(file)[:200]}: cannot be read: {reason}") from None
 

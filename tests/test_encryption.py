@@ -221,6 +221,16 @@ def test_what_is_no_key_is_one_clear_line_that_repeats_no_secret(key: Path, tmp_
         assert "NOTAKEY" not in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["{}", " {}", "# created: 2026\n# public key: age1x\n{}"])
+def test_a_secret_key_where_its_file_is_to_be_named_is_not_repeated(key: Path, form: str) -> None:
+    secret = key.read_text().splitlines()[1]
+    for read in (lambda word: encryption.recipients([word]), encryption.identities):
+        for word in (secret, secret.lower()):
+            with pytest.raises(ConfigurationError, match="that is a secret key") as caught:
+                read(form.format(word))
+            assert secret[16:].lower() not in str(caught.value).lower()
+
+
 def test_without_the_library_the_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['pyrage'] = None\n"
