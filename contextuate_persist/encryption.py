@@ -158,7 +158,10 @@ def _passphrase(file: Path, passphrase_file: Path | None) -> str:
         raise ConfigurationError(
             f"{file}: has a passphrase, and there is no terminal to ask for it"
         )
-    return getpass.getpass(f"Passphrase of {file.name}: ")
+    try:
+        return getpass.getpass(f"Passphrase of {file.name}: ")
+    except EOFError:
+        raise ConfigurationError(f"{file}: has a passphrase, and none was given") from None
 
 
 # --- Streams --------------------------------------------------------------------------------------

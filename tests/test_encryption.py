@@ -15,6 +15,7 @@ import pyrage
 import pytest
 
 from contextuate_persist import ConfigurationError, DamagedFile, encryption
+from tests.test_setup import Terminal
 
 SIZES = [0, 1, 65_535, 65_536, 65_537, 3 * 65_536, 1_000_003]
 
@@ -229,6 +230,19 @@ def test_a_secret_key_where_its_file_is_to_be_named_is_not_repeated(key: Path, f
             with pytest.raises(ConfigurationError, match="that is a secret key") as caught:
                 read(form.format(word))
             assert secret[16:].lower() not in str(caught.value).lower()
+
+
+def test_nothing_typed_for_a_passphrase_is_one_line(key: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.write_bytes(pyrage.passphrase.encrypt(key.read_bytes(), "open", armored=True))
+    command = [sys.executable, "-m", "contextuate_persist", "import", str(tmp_path)]
+    terminal = Terminal([*command, "--identity", str(locked)], dict(os.environ))
+    terminal.expect("Passphrase of locked: ")
+    terminal.type("\x04")
+    assert terminal.wait() == 1
+    assert "Traceback" not in terminal.output
+    assert terminal.output.count("\n") == 1
+    assert "locked: has a passphrase, and none was given" in terminal.output
 
 
 def test_without_the_library_the_extra_is_named() -> None:
