@@ -102,7 +102,8 @@ class Change:
 def default_settings() -> Path:
     """The user's own settings, for all projects; CLAUDE_CONFIG_DIR moves them."""
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
-    return Path(directory).expanduser() / "settings.json"
+    # pathlib's own raises RuntimeError where there is no such user.
+    return Path(os.path.expanduser(directory)) / "settings.json"
 
 
 def default_command() -> str:

@@ -231,6 +231,15 @@ def test_the_settings_are_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o700
 
 
+def test_a_home_of_nobody_is_a_name_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", "~nosuchuser/x")
+    assert hook_settings.default_settings() == Path("~nosuchuser/x/settings.json")
+    assert main(["hook", "show"]) == 0
+
+
 def test_the_command_names_python_as_it_was_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
