@@ -220,17 +220,24 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, content: bytes, like: os.stat_result | None) -> None:
-    """A new file, on the disk, with the mode of the old one, and its owner where that can be."""
+    """A new file, on the disk, with the mode of the old one, and its owner where that can be.
+
+    Nothing of it is left if that fails.
+    """
     mode = stat.S_IMODE(like.st_mode) if like else 0o600
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb") as file:
-        if like:
-            with contextlib.suppress(OSError):
-                os.fchown(descriptor, like.st_uid, like.st_gid)
-        os.fchmod(descriptor, mode)
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
+    try:
+        with open(descriptor, "wb") as file:
+            if like:
+                with contextlib.suppress(OSError):
+                    os.fchown(descriptor, like.st_uid, like.st_gid)
+            os.fchmod(descriptor, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _parse(path: Path, content: bytes | None) -> dict[str, Any]:

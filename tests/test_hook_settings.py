@@ -157,6 +157,19 @@ def test_a_failure_leaves_the_old_file_and_nothing_half_written(
     assert [p.name for p in path.parent.iterdir() if p.suffix != ".bak"] == ["settings.json"]
 
 
+def test_a_full_disk_leaves_no_part_of_a_copy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_text("{}")
+    change = install(path, "run me")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        change.apply()
+    assert [p.name for p in path.parent.iterdir()] == ["settings.json"]
+
+
 BROKEN = {
     b"{": "not valid JSON",
     b'{"a": 1,}': "not valid JSON",
