@@ -37,6 +37,7 @@ from contextuate_persist.console import (
     show_json,
     tell,
     terminal_width,
+    without_passwords,
 )
 from contextuate_persist.errors import ConfigurationError, PersistenceError, SessionNotFound
 from contextuate_persist.model import MonitorEvent
@@ -436,7 +437,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 class _SafeFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(display.safe, super().format(record).split("\n")))
+        lines = super().format(record).split("\n")
+        return "\n".join(display.safe(without_passwords(line)) for line in lines)
 
 
 def _configure_logging(verbose: bool) -> None:

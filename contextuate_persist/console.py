@@ -18,7 +18,7 @@ from contextuate_persist import display
 from contextuate_persist.doctor import Finding, Level
 
 _LOGIN = re.compile("://[^/@:]*:")
-_PASSWORD = re.compile(r"(\bpassword=)[^\s&]+", re.IGNORECASE)
+_PASSWORD = re.compile("(password=)[^&]+", re.IGNORECASE)  # sslpassword, too
 # The longest path and what is wrong with it; but an argument may have megabytes.
 _LONGEST = 5000
 
@@ -76,7 +76,7 @@ def show_findings(findings: Sequence[Finding], *, json: bool) -> int:
 
 def tell(message: str) -> None:
     """Print one line on standard error, without passwords and without control characters."""
-    line = _PASSWORD.sub(r"\1***", re.sub(r"\S+", _without_password, message))
+    line = without_passwords(message)
     if len(line) > _LONGEST:
         line = line[:_LONGEST] + "..."
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
@@ -86,12 +86,16 @@ def tell(message: str) -> None:
         sys.stderr.flush()
 
 
-def _without_password(word: re.Match[str]) -> str:
-    """The word, without what stands between a URL's user and the last @."""
+def without_passwords(text: str) -> str:
+    """The text, without what stands between a URL's user and the last @, or after password=.
+
+    A password that is not quoted may hold blanks, so rather too much is left out than too little.
+    """
     # One expression for both ends would look for the @ again after each "://".
-    login, _, rest = word[0].rpartition("@")
-    found = _LOGIN.search(login)
-    return f"{login[: found.end()]}***@{rest}" if found else word[0]
+    login, _, rest = text.rpartition("@")
+    if found := _LOGIN.search(login):
+        text = f"{login[: found.end()]}***@{rest}"
+    return _PASSWORD.sub(r"\1***", text)
 
 
 def abandon_output() -> None:

@@ -380,10 +380,27 @@ def test_no_password_is_ever_printed(run: Run, database: Database) -> None:
         ["status", "--url", f"oracle://app:{secret}@{host}/nowhere"],
         ["status", f"{scheme}://app:{secret}@{host}/nowhere"],
         [f"{scheme}://app:{secret}@{host}/nowhere"],
+        [f"{scheme}://app:my {secret}@{host}/nowhere"],
+        [f"{scheme}://app:my\n{secret} @ b@{host}/nowhere"],
+        [f"{scheme}://app@{host}/nowhere?sslpassword={secret}"],
+        [f"{scheme}://app@{host}/nowhere?password=my {secret}&sslmode=disable"],
     ):
         status, out, err = run(*arguments)
         assert status in (1, 2), arguments
         assert secret not in out + err, arguments
+
+
+def test_no_password_is_ever_logged() -> None:
+    program = (
+        "import logging; from contextuate_persist import cli; cli._configure_logging(True)\n"
+        "logging.getLogger('x').error('to %s\\nthen', 'mysql://app:my topsecret@h/x')\n"
+        "logging.getLogger('x').error('to %s', 'mysql://h/x?sslpassword=topsecret')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "mysql://app:***@h/x\nthen\n" in done.stderr
+    assert "topsecret" not in done.stderr
 
 
 def test_a_megabyte_is_told_in_a_short_line_without_delay_or_password(run: Run) -> None:
