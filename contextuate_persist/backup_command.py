@@ -33,7 +33,6 @@ def run_backup(args: argparse.Namespace, open_given: OpenStore) -> int:
         return 0
     if args.verify and args.recipient and args.identity is None:
         raise ConfigurationError("--verify: give --identity FILE to read an encrypted backup back")
-    _warn_of_modes(args)
     bar = ProgressBar("backup")
     try:
         with open_given(args) as store:
@@ -53,7 +52,6 @@ def run_backup(args: argparse.Namespace, open_given: OpenStore) -> int:
 
 def run_restore(args: argparse.Namespace, owned: OwnedStore) -> int:
     """Load a backup, or only look whether that would work."""
-    _warn_of_modes(args)
     bar = ProgressBar(args.file)
     size = Path(args.file).stat().st_size
 
@@ -81,13 +79,6 @@ def run_restore(args: argparse.Namespace, owned: OwnedStore) -> int:
         bar.clear()
     _show(args, found, done)
     return 0
-
-
-def _warn_of_modes(args: argparse.Namespace) -> None:
-    """Say on the terminal what the library only logs."""
-    for path in (args.identity, args.passphrase_file):
-        if path is not None and path.is_file() and path.stat().st_mode & 0o077:
-            tell(f"warning: {path}: others can read it: chmod 600 it")
 
 
 def _show(args: argparse.Namespace, found: Backup, done: str) -> None:

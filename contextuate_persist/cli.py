@@ -14,10 +14,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from urllib.parse import parse_qs, urlsplit
 
 from contextuate_persist import (
+    config,
     copy_command,
     display,
     encryption,
@@ -57,15 +58,11 @@ def _warn_of_password(args: argparse.Namespace) -> None:
 
 
 def _warn_of_url(url: str | None, variable: str) -> None:
-    file = "~/.pgpass (or PGPASSFILE)"
-    _warn(url, f"put the URL into {variable}, or for PostgreSQL the password into {file}")
-
-
-def _warn(url: str | None, way_out: str) -> None:
     if url and _has_password(url):
         tell(
             "warning: a password on the command line can be seen by everybody on this machine; "
-            f"{way_out}"
+            f"put the URL into {variable}, or for PostgreSQL the password into ~/.pgpass "
+            "(or PGPASSFILE)"
         )
 
 
@@ -322,11 +319,7 @@ def _setup(args: argparse.Namespace) -> int:
     # Who uses the library daily never needs it.
     from contextuate_persist import setup  # noqa: PLC0415
 
-    # The variables of the database are the application's: this URL is read from none.
-    _warn(
-        args.url,
-        "put the password into PGPASSWORD or ~/.pgpass, or for MySQL into MYSQL_PWD or ~/.my.cnf",
-    )
+    _warn_of_password(args)
     return setup.run(args)
 
 
@@ -452,6 +445,37 @@ def _configure_logging(verbose: bool) -> None:
         logging.getLogger().addHandler(handler)
 
 
+class _Teller(logging.Handler):
+    """Tells what is logged, and nothing twice."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._told:
+            self._told.add(message)
+            tell(f"warning: {message}")
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Tell who runs a command of the files with secrets that others can read.
+
+    Whatever else the library warns of, the command's own words are about.
+    """
+    teller = _Teller()
+    loggers = [logging.getLogger(module.__name__) for module in (config, encryption)]
+    for logger in loggers:
+        logger.addHandler(teller)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(teller)
+
+
 def _message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
@@ -466,7 +490,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None:  # closed by the caller: as good as /dev/null
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        status = _COMMANDS[args.command](args)
+        with nullcontext() if args.verbose else _warnings_told():
+            status = _COMMANDS[args.command](args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

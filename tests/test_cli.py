@@ -20,7 +20,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from contextuate_persist import MonitorEvent, SessionMeta, SessionNode, TokenUsage, display
+from contextuate_persist import (
+    MonitorEvent,
+    SessionMeta,
+    SessionNode,
+    TokenUsage,
+    display,
+    encryption,
+)
 from contextuate_persist.base import BaseStore
 from contextuate_persist.cli import main
 from contextuate_persist.config import ENVIRONMENT_URL
@@ -401,6 +408,40 @@ def test_no_password_is_ever_logged() -> None:
     )
     assert "mysql://app:***@h/x\nthen\n" in done.stderr
     assert "topsecret" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["import", "maintain"])
+def test_a_secret_key_that_others_can_read_is_warned_of_once(
+    run: Run, store: BaseStore, tmp_path: Path, command: str
+) -> None:
+    key, backups = tmp_path / "key", tmp_path / "backups"
+    keys = encryption.recipients([encryption.new_identity(key)])
+    key.chmod(0o644)
+    backups.mkdir()
+    with (backups / "b.age").open("wb") as file:
+        encryption.encrypt(io.BytesIO(b"no backup"), file, keys)
+    (tmp_path / "events.jsonl").write_text(json.dumps(event().to_wire()) + "\n")
+    arguments = {
+        "import": ["import", str(tmp_path / "events.jsonl")],
+        "maintain": ["maintain", "daily", "--backups", str(backups)],
+    }[command]
+    _, _, err = run(*arguments, "--identity", str(key))
+    assert err == f"warning: {key} holds a secret key and others can read it: chmod 600 it\n"
+
+
+def test_a_configuration_file_with_a_password_that_others_can_read_is_warned_of(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = {"host": "127.0.0.1", "port": 1, "password": "topsecret"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"persistence": {"type": "mysql", "database": database}}))
+    path.chmod(0o644)
+    monkeypatch.delenv(ENVIRONMENT_URL)
+    monkeypatch.setenv("CONTEXTUATE_CONFIG", str(path))
+    status, _, err = run("status")
+    assert status == 1
+    assert err.startswith(f"warning: {path} holds a password and others can read it: chmod 600 it")
+    assert err.count("\n") == 2
 
 
 def test_a_megabyte_is_told_in_a_short_line_without_delay_or_password(run: Run) -> None:

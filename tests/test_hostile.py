@@ -524,6 +524,7 @@ def test_hostile_settings_are_refused_in_one_line(
     monkeypatch.setenv(ENVIRONMENT_CONFIG, text)
     assert run("sessions")[:2] == (1, "")
     file = tmp_path / "config.json"
+    file.touch(0o600)
     monkeypatch.setenv(ENVIRONMENT_CONFIG, str(file))
     here = {"host": "127.0.0.1", "port": 1}
     for block in (
