@@ -86,6 +86,13 @@ def tell(message: str) -> None:
         sys.stderr.flush()
 
 
+def ask(question: str) -> bool:
+    """Ask on standard error, and take y or yes for yes; what was shown before is seen before."""
+    sys.stdout.flush()
+    tell(question)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def without_passwords(text: str) -> str:
     """The text, without what stands between a URL's user and the last @, or after password=.
 

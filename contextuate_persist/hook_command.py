@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from contextuate_persist import display, hook_settings
-from contextuate_persist.console import show, show_json, tell
+from contextuate_persist.console import ask, show, show_json, tell
 from contextuate_persist.errors import ConfigurationError
 from contextuate_persist.hook_settings import ALL_HOOKS, USUAL_HOOKS, Change
 
@@ -42,7 +42,7 @@ def _apply(args: argparse.Namespace, change: Change) -> int:
     if change.diff:
         if not args.json:
             show(map(display.safe, change.diff))
-        if not args.yes and not _agreed(change):
+        if not args.yes and not _agreed(args, change):
             raise ConfigurationError(f"{change.path}: nothing was changed")
         backup = change.apply()
     if args.json:
@@ -56,8 +56,10 @@ def _apply(args: argparse.Namespace, change: Change) -> int:
     return 0
 
 
-def _agreed(change: Change) -> bool:
+def _agreed(args: argparse.Namespace, change: Change) -> bool:
     if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigurationError(f"{change.path}: nothing was changed: give --yes to change it")
-    tell(f"Change {change.path}? [y/N]")
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    if args.json:  # standard output is for the record alone
+        for line in change.diff:
+            tell(line)
+    return ask(f"Change {change.path}? [y/N]")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from contextuate_persist import display, inbox, payload, queued
 from contextuate_persist.base import BaseStore
-from contextuate_persist.console import show, show_json, tell
+from contextuate_persist.console import ask, show, show_json, tell
 from contextuate_persist.dead_letters import DeadLetters
 from contextuate_persist.errors import ConfigurationError, InvalidRecord, SpoolError
 from contextuate_persist.hooks import Capture
@@ -64,9 +64,13 @@ def run(args: argparse.Namespace, open_given: OpenStore) -> int:
             _report(args, subject, found, survey, done=False)
             return 0
         if not args.yes:
-            show(_lines(f"{subject}: found", found, places))
-            tell("Forget all this? Nothing brings it back. [y/N]")
-            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            lines = _lines(f"{subject}: found", found, places)
+            if args.json:  # standard output is for the record alone
+                for line in lines:
+                    tell(line)
+            else:
+                show(lines)
+            if not ask("Forget all this? Nothing brings it back. [y/N]"):
                 raise ConfigurationError("forget: nothing was removed")
         removed = survey.remove()
     _report(args, subject, removed, survey, done=True)

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import stat
 import subprocess
 import sys
@@ -390,6 +391,34 @@ def test_a_terminal_is_asked(path: Path, answer: str, changed: bool) -> None:
     assert err.startswith(f"Change {path}? [y/N]\n")
     assert process.returncode == (0 if changed else 1)
     assert path.exists() is changed
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_will_change_is_seen_before_the_question(path: Path, options: list[str]) -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "contextuate_persist", "hook", "install", *options]
+    with subprocess.Popen(
+        [*command, "--settings", str(path)],
+        stdin=slave,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told = b""
+        while b"[y/N]" not in told:
+            told += process.stderr.readline()
+        ready, _, _ = select.select([process.stdout], [], [], 0)
+        shown = os.read(process.stdout.fileno(), 2**16) if ready else b""
+        os.write(master, b"y\n")
+        out, _ = process.communicate(timeout=60)
+    os.close(master)
+    os.close(slave)
+    assert b'+    "SessionStart": [\n' in (told if options else shown)
+    if options:
+        (record,) = [json.loads(line) for line in (shown + out).splitlines()]
+        assert record["changed"] is True
 
 
 def test_names_that_would_control_the_terminal_are_only_shown(path: Path, run: Run) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -470,6 +471,36 @@ def test_without_a_terminal_it_has_to_be_said(
     assert out.splitlines()[0] == "session s: found"
     assert out.splitlines()[-1] == "  transcript    /t/s.jsonl"
     assert store.get_session("s") is not None
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_was_found_is_seen_before_the_question(
+    home: Path, store: BaseStore, database: Database, options: list[str]
+) -> None:
+    fill_database(store)
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "contextuate_persist", "forget", "--session", "s", *options],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, ENVIRONMENT_URL: database.url, "PYTHONUNBUFFERED": ""},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told_of = b""
+        while b"[y/N]" not in told_of:
+            told_of += process.stderr.readline()
+        ready, _, _ = select.select([process.stdout], [], [], 0)
+        shown = os.read(process.stdout.fileno(), 2**16) if ready else b""
+        os.write(ours, b"y\n")
+        out, _ = process.communicate(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert b"2 sessions, 2 events" in (told_of if options else shown)
+    if options:
+        (record,) = records((shown + out).decode())
+        assert record["removed"]["sessions"] == 2
 
 
 @pytest.mark.parametrize("answer", ["y", "n", ""])
