@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 #: A larger file is set aside unread: base64 of the largest payload, and what is around it, is less.
 MAX_FILE_BYTES = 64 * 2**20
 
-ENVIRONMENT_INBOX = "CONTEXTUATE_INBOX"
-_INBOX = "~/.contextuate/monitor/inbox"
 _LOCK = ".lock"
 _BAD = "bad"
 _WHY = ".why"
@@ -39,11 +37,6 @@ _BEGUN = re.compile(r"\.\d{20}-[0-9a-f]{32}\.json")
 # A link, a socket, a directory, somebody else's. Any other error may pass: too many open files, a
 # network's disk.
 _LASTING = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EACCES})
-
-
-def default_inbox() -> Path:
-    """The inbox of this user: what CONTEXTUATE_INBOX names, else one in the home directory."""
-    return Path(os.path.expanduser(os.environ.get(ENVIRONMENT_INBOX) or _INBOX))
 
 
 def leave(directory: str | Path, body: bytes) -> str:
@@ -188,10 +181,11 @@ class Inbox:
         self._taken.discard(name)
 
 
-def all_files(directory: str | Path) -> Iterator[tuple[Path, bytes | None]]:
+def all_files(directory: str | Path, *, begun: bool = False) -> Iterator[tuple[Path, bytes | None]]:
     """Every file of an inbox with its content, None if that cannot be read; takes nothing.
 
-    Also those that were set aside, and those that nobody has finished within an hour.
+    Also those that were set aside, and those that nobody has finished within an hour; with `begun`
+    only those that somebody may still be writing.
     """
     place = Path(directory)
     for folder in (place, place / _BAD):
@@ -205,9 +199,9 @@ def all_files(directory: str | Path) -> Iterator[tuple[Path, bytes | None]]:
             if is_note or path in (place / _BAD, place / _LOCK):
                 continue
             try:
-                if name.startswith(".") and time.time() - path.lstat().st_mtime < _UNFINISHED:
-                    continue
-                yield path, _read(path)
+                young = time.time() - path.lstat().st_mtime < _UNFINISHED
+                if (young and name.startswith(".")) is begun:
+                    yield path, _read(path)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError):

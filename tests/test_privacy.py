@@ -394,6 +394,24 @@ def test_what_cannot_be_read_is_named(run: Run, home: Path, store: BaseStore) ->
     assert MARKER.encode() not in files(home)
 
 
+def test_a_file_that_a_killed_hook_has_not_finished_is_named(
+    run: Run, home: Path, store: BaseStore
+) -> None:
+    place = home / "inbox"
+    inbox.leave(place, capture("neighbour"))
+    for name, content in {
+        "1": capture("s", prompt=MARKER),
+        "2": capture("neighbour"),
+        "3": capture("s")[:-20],
+    }.items():
+        (place / f".{name:0>20}-{'a' * 32}.json").write_bytes(content)
+    status, _, err = run("forget", "--session", "s", "--yes")
+    assert status == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"not removed: {place}/.{'1':0>20}-")
+    assert len(list(place.glob(".*.json"))) == 3
+
+
 def test_records_of_another_version_are_counted_and_kept(
     run: Run, home: Path, store: BaseStore
 ) -> None:
