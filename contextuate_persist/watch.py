@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -34,13 +35,13 @@ def watch(store: BaseStore, interval: float) -> None:
         return
     with _full_screen():
         while True:
-            size = os.get_terminal_size(sys.stdout.fileno())
+            width, height = _size()
             try:
-                lines = [*view(store, size.columns, size.lines)]
+                lines = [*view(store, width, height)]
             except PersistenceError as error:
-                lines = [display.cut(display.safe(f"trying again: {error}"), size.columns)]
+                lines = [display.cut(display.safe(f"trying again: {error}"), width)]
             # Drawn over, not cleared first: over a slow line that would flicker.
-            body = "\x1b[K\n".join(fitted(lines[: size.lines]))
+            body = "\x1b[K\n".join(fitted(lines[:height]))
             sys.stdout.write(f"\x1b[H{body}\x1b[K\x1b[J")
             sys.stdout.flush()
             if _quits(interval):
@@ -101,31 +102,69 @@ def _ago(seconds: int) -> str:
 # --- The terminal ---------------------------------------------------------------------------------
 
 
+def _size() -> tuple[int, int]:
+    """Columns and lines; a serial line that nobody has told its size has none."""
+    columns, lines = os.get_terminal_size(sys.stdout.fileno())
+    return columns or 80, lines or 24
+
+
 @contextlib.contextmanager
 def _full_screen() -> Iterator[None]:
-    """The terminal's other screen, without cursor and echo; as it was before in the end."""
+    """The terminal's other screen, without cursor and echo; as it was before in the end.
+
+    Also while Ctrl-Z has stopped the program, and after SIGTERM.
+    """
     before = None
     if sys.stdin is not None and sys.stdin.isatty():
         before = termios.tcgetattr(sys.stdin)
-        tty.setcbreak(sys.stdin)
-    sys.stdout.write("\x1b[?1049h\x1b[?25l")
-    try:
-        yield
-    finally:
-        sys.stdout.write("\x1b[?25h\x1b[?1049l")
-        sys.stdout.flush()
+
+    # Not by sys.stdout: a signal may come while that is writing, and it cannot be entered again.
+    def enter() -> None:
+        if before is not None:
+            tty.setcbreak(sys.stdin)
+        os.write(sys.stdout.fileno(), b"\x1b[?1049h\x1b[?25l")
+
+    def leave() -> None:
+        os.write(sys.stdout.fileno(), b"\x1b[?25h\x1b[?1049l")
         if before is not None:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+    def stop(*_: object) -> None:
+        leave()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # and goes on here
+        signal.signal(signal.SIGTSTP, stop)
+        enter()
+
+    def end(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    handlers = {signal.SIGTERM: end, signal.SIGTSTP: stop}
+    found = {number: signal.getsignal(number) for number in handlers}
+    try:
+        enter()
+        for number, handler in handlers.items():
+            if found[number] is not signal.SIG_IGN:  # a shell without job control ignores Ctrl-Z
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, former in found.items():
+            signal.signal(number, former)
+        sys.stdout.flush()
+        leave()
 
 
 def _quits(seconds: float) -> bool:
     """Wait; whether somebody pressed q meanwhile."""
     until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
+    left = seconds
+    while True:
         if sys.stdin is None or not sys.stdin.isatty():
             time.sleep(left)
         elif select.select([sys.stdin], [], [], left)[0]:
             pressed = os.read(sys.stdin.fileno(), 100)
             if not pressed or b"q" in pressed.lower():  # nothing: the terminal is gone
                 return True
-    return False
+        left = until - time.monotonic()
+        if left <= 0:
+            return False

@@ -33,20 +33,27 @@ ROWS, COLUMNS = 20, 100
 class Terminal:
     """The program in a terminal of its own."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self, url: str, interval: str = "0.1", size: tuple[int, int] = (ROWS, COLUMNS)
+    ) -> None:
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         self.before = termios.tcgetattr(slave)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "contextuate_persist", "watch", "--interval", "0.1"],
+            [sys.executable, "-m", "contextuate_persist", "watch", "--interval", interval],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             env={**os.environ, ENVIRONMENT_URL: url, "TERM": "xterm"},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+            preexec_fn=self._prepare,  # noqa: PLW1509
         )
         self.slave = slave
         self.drawn = b""
+
+    @staticmethod
+    def _prepare() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.setpgrp()  # who has no job control above is not stopped by SIGTSTP
 
     def read(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -114,6 +121,47 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(store: BaseStore, terminal: Termin
     terminal.wait_for(rb"q quits")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.ended() == 130
+
+
+def test_sigterm_leaves_the_terminal_as_it_was(store: BaseStore, terminal: Terminal) -> None:
+    terminal.wait_for(rb"q quits")
+    terminal.process.terminate()
+    assert terminal.ended() == 128 + signal.SIGTERM
+
+
+def test_while_it_is_stopped_the_terminal_is_as_it_was(
+    store: BaseStore, terminal: Terminal
+) -> None:
+    terminal.wait_for(rb"q quits")
+    for _ in range(2):
+        terminal.process.send_signal(signal.SIGTSTP)
+        until = time.monotonic() + 30
+        while not os.WIFSTOPPED(os.waitpid(terminal.process.pid, os.WUNTRACED | os.WNOHANG)[1]):
+            assert time.monotonic() < until
+            terminal.read(0.05)
+        terminal.read(0.2)
+        assert terminal.drawn.endswith(b"\x1b[?25h\x1b[?1049l")
+        assert termios.tcgetattr(terminal.slave) == terminal.before
+        terminal.process.send_signal(signal.SIGCONT)
+        terminal.wait_for(rb"\x1b\[\?1049h.*q quits")
+    terminal.press(b"q")
+    assert terminal.ended() == 0
+
+
+def test_without_a_pause_q_ends_it_too(store: BaseStore, database: Database) -> None:
+    with contextlib.closing(Terminal(database.url, "0")) as terminal:
+        terminal.wait_for(rb"q quits")
+        terminal.press(b"q")
+        assert terminal.ended() == 0
+
+
+def test_a_terminal_of_no_size_gets_a_view_of_the_usual_one(
+    store: BaseStore, database: Database
+) -> None:
+    with contextlib.closing(Terminal(database.url, size=(0, 0))) as terminal:
+        terminal.wait_for(rb"q quits")
+        terminal.press(b"q")
+        assert terminal.ended() == 0
 
 
 def test_nothing_that_is_stored_controls_the_terminal(store: BaseStore, terminal: Terminal) -> None:
