@@ -23,13 +23,17 @@ from contextuate_persist.administrator import (
     find_server,
     port_of,
     try_login,
-    variables,
     with_password,
 )
 from contextuate_persist.config import open_store
 from contextuate_persist.console import ask, paint, show, show_json, tell
 from contextuate_persist.doctor import Level
-from contextuate_persist.errors import ConfigurationError, PersistenceError, StoreUnavailable
+from contextuate_persist.errors import (
+    ConfigurationError,
+    PersistenceError,
+    StoreRefused,
+    StoreUnavailable,
+)
 
 #: How long a container may take until it answers: the first start makes a database cluster.
 WAIT_SECONDS = 120.0
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--url: only for the administrator of a server that is there")
     if docker:
         containers.require_docker()
-    keeper = Keeper(args.passwords)
+    keeper = Keeper(args.passwords, may_show=not args.json)
     try:
         for backend in backends:
             _set_up(args, backend, keeper, docker=docker)
@@ -64,14 +68,17 @@ def run(args: argparse.Namespace) -> int:
 class Keeper:
     """Keeps new passwords in a file that only its owner reads, or shows them once on a terminal."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, *, may_show: bool) -> None:
         self._file = file
+        self._may_show = may_show
         self._lines: list[str] = []
         self.made: list[Account] = []
         self.server: Server | None = None
         self.database = ""
 
     def require(self) -> None:
+        if self._file is None and not self._may_show:
+            raise ConfigurationError("passwords: --json shows none: give --passwords FILE")
         if self._file is None and not (sys.stdout and sys.stdout.isatty()):
             raise ConfigurationError(
                 "passwords: the output is no terminal, and may be kept or read by others: give "
@@ -151,7 +158,10 @@ def _names(args: argparse.Namespace) -> Names:
 
 def _set_up(args: argparse.Namespace, backend: str, keeper: Keeper, *, docker: bool) -> None:
     names = _names(args)
-    server = _in_docker(args, backend) if docker else with_password(find_server(args, backend))
+    if docker:
+        server = _in_docker(args, backend)
+    else:
+        server = with_password(find_server(args, backend, names.database))
     if not args.json:
         show([paint(f"{backend}: {display.safe(names.database)}", "bold")])
     work = _Work(args=args, server=server, names=names, keeper=keeper)
@@ -263,8 +273,8 @@ def _summarize(work: _Work, user: str) -> None:
 def _in_docker(args: argparse.Namespace, backend: str) -> Server:
     """The server of a container that runs and answers."""
     image = containers.IMAGES[backend]
-    port = port_of(os.environ.get(variables(backend)["port"], ""), backend) or image.port
-    started = containers.start(image, port)
+    given = port_of(os.environ.get(image.port_variable, ""), backend)
+    started, port = containers.start(image, given)
     password = containers.administrator_password(image)
     server = Server(
         backend=backend, user=image.user, password=password, host="127.0.0.1", port=port
@@ -278,6 +288,13 @@ def _in_docker(args: argparse.Namespace, backend: str) -> Server:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
+        except StoreRefused as error:
+            raise ConfigurationError(
+                f"{error}: the volume {image.container} has another password than its container; "
+                f"if its data may go: docker rm --force {image.container}, "
+                f"docker volume rm {image.container}"
+            ) from None
+    containers.keep_password(image)
     if not args.json:
         done = "started" if started else "runs already"
         show([f"  {'container':12} {image.container} {done} ({image.tag})"])

@@ -428,6 +428,41 @@ def test_a_backslash_cannot_stand_in_mysqls_grants(run: Setup, backend: str) -> 
     assert "no backslash" in run("--database", "a\\b")[2]
 
 
+def test_an_administrators_statements_may_take_their_time(server: servers.Server) -> None:
+    store: Any = open_store(server.url("mysql"), statement_timeout=0.2)
+    sleep = "SELECT SLEEP(1.5)"
+    if server.kind == "postgresql":
+        store, sleep = (
+            open_store(server.url("postgres"), statement_timeout=0.2),
+            "SELECT pg_sleep(1)",
+        )
+    else:
+        store._arguments["read_timeout"] = 1
+    with store.administer(Names()) as administrator:
+        cursor = administrator._connection.cursor()
+        cursor.execute(sleep)
+        assert cursor.fetchall()[0][0] in (0, "")  # MySQL's is 1 if it was ended
+
+
+@pytest.mark.only("mysql")
+def test_an_account_of_one_host_that_would_shadow_a_new_one_is_refused(
+    run: Setup, backend: str
+) -> None:
+    name = f"monitor_reader_{run.environment}"
+    run.server.execute(f"CREATE USER '{name}'@'localhost' IDENTIFIED BY 'theirs'")
+    try:
+        status, _, err = run()
+        assert (status, err.count("\n")) == (1, 1)
+        assert f"DROP USER '{name}'@'localhost'" in err
+        assert "--reader" in err
+        assert not run.passwords.exists()
+        users = "SELECT user FROM mysql.user WHERE user LIKE '%{}'"
+        assert run.server.execute(users.format(run.environment)) == [(name,)]
+    finally:
+        run.server.execute(f"DROP USER '{name}'@'localhost'")
+    assert run()[0] == 0
+
+
 @pytest.mark.only("mysql")
 def test_where_grants_take_no_wildcards_names_are_not_escaped(run: Setup, backend: str) -> None:
     run.server.execute("SET GLOBAL partial_revokes = ON")
@@ -443,7 +478,7 @@ def test_where_grants_take_no_wildcards_names_are_not_escaped(run: Setup, backen
 def test_an_administrator_need_not_be_superuser(run: Setup, backend: str) -> None:
     admin = f"admin_{run.environment}"
     run.server.execute(f"CREATE ROLE {admin} LOGIN CREATEDB CREATEROLE PASSWORD 'pw'")
-    place = f"postgresql://{admin}:pw@{ELSEWHERE}:{run.server.port}/any"
+    place = f"postgresql://{admin}:pw@{ELSEWHERE}:{run.server.port}/postgres"
     for expected in ("created", "nothing was changed"):
         status, out, err = run("--url", place)
         assert (status, expected in out) == (0, True), err
@@ -494,6 +529,51 @@ def test_passwords_rotate_without_an_outage(run: Setup) -> None:
     assert run("--rotate")[0] == 0  # whoever was discarded has a turn again
     with open_store(run.url()) as store:
         assert len(store.get_events("a")) == 4
+
+
+@pytest.mark.only("postgresql")
+def test_a_rotation_that_ends_half_way_leaves_nothing_behind(
+    run: Setup, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run()[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(postgresql_store, "JOIN_ACCOUNT", "GRANT nobody_at_all TO {login}")
+        assert run("--rotate")[0] == 1
+    assert "nothing was changed" in run()[1]
+    assert f"//monitor_user_{run.environment}:" in run.seen[-2]
+    with open_store(run.url(index=0)) as store:
+        store.save_event(event())
+    assert run("--rotate")[0] == 0
+    assert run("--discard-old")[0] == 0
+    with open_store(run.url()) as store:
+        assert len(store.get_events("s")) == 1
+
+
+@pytest.mark.only("postgresql")
+def test_an_account_with_the_name_of_the_second_login_is_left_alone(
+    run: Setup, backend: str
+) -> None:
+    other = f"monitor_user_{run.environment}_2"
+    run.server.execute(f"CREATE ROLE \"{other}\" LOGIN PASSWORD 'theirs'")
+    assert run()[0] == 0
+    place = run.url().replace(run.accounts()[0]["password"], "theirs")
+    theirs = place.replace(f"//monitor_user_{run.environment}:", f"//{other}:")
+    held = run.passwords.read_text()
+    status, _, err = run("--rotate")
+    assert (status, f"{other} is there and no login of" in err, err.count("\n")) == (1, True, 1)
+    assert run.passwords.read_text() == held
+    assert run("--discard-old")[1].count("none") == 2
+    for url in (run.url(), theirs.replace(run.database, "postgres")):
+        open_store(url)._connect().close()  # type: ignore[attr-defined]
+    run.server.drop_login(other)
+
+
+@pytest.mark.only("postgresql")
+def test_names_that_a_rotation_makes_are_nobodys(run: Setup, backend: str) -> None:
+    for options in (["--environment", "2"], ["--environment", "eu_2"], ["--reader", "app_2"]):
+        status, _, err = run(*options)
+        assert (status, "end in _2" in err, err.count("\n")) == (1, True, 1), err
+    assert not run.passwords.exists()
 
 
 def test_a_reset_needs_the_name_to_be_typed(run: Setup) -> None:
@@ -551,7 +631,7 @@ def test_without_a_safe_place_for_passwords_nothing_is_done(run: Setup) -> None:
 
 
 def _without_file(init: Any) -> Any:
-    return lambda self, file: init(self, None)
+    return lambda self, file, **more: init(self, None, **more)
 
 
 def test_a_file_of_passwords_that_others_read_is_refused(run: Setup, tmp_path: Path) -> None:
@@ -721,6 +801,16 @@ def test_a_terminal_is_asked_and_shown_passwords_once_in_colour(run: Setup) -> N
     assert "has a password, and none was given" in again.output
 
 
+def test_no_password_stands_among_json_lines_on_a_terminal(run: Setup) -> None:
+    command = [sys.executable, "-m", "contextuate_persist", *run.arguments, "--json"]
+    terminal = Terminal(
+        [*command, "--environment", run.environment], {**os.environ, **run.variables}
+    )
+    assert terminal.wait() == 1
+    assert terminal.output.count("\n") == 1
+    assert "--json shows none: give --passwords FILE" in terminal.output
+
+
 def test_without_a_terminal_a_missing_password_is_said_with_its_places(run: Setup) -> None:
     without = {n: v for n, v in run.variables.items() if n not in ("PGPASSWORD", "MYSQL_PWD")}
     with run.monkeypatch.context() as patch:
@@ -728,6 +818,24 @@ def test_without_a_terminal_a_missing_password_is_said_with_its_places(run: Setu
         status, _, err = run()
     assert status == 1
     assert ("~/.pgpass" if run.backend == "postgresql" else "~/.my.cnf") in err
+    assert ("PG_HOST=/var/run/postgresql" if run.backend == "postgresql" else "MYSQL_HOST=/") in err
+
+
+@pytest.mark.only("mysql")
+def test_an_administrator_without_any_password_is_said_to_need_the_socket(
+    run: Setup, backend: str
+) -> None:
+    name = f"socket_{run.environment}"
+    run.server.execute("INSTALL PLUGIN auth_socket SONAME 'auth_socket.so'")
+    try:
+        run.server.execute(f"CREATE USER '{name}'@'%' IDENTIFIED WITH auth_socket")
+        for password in ("", ":wrong"):
+            place = f"mysql://{name}{password}@127.0.0.1:{run.server.port}/mysql"
+            status, _, err = run("--url", place)
+            assert (status, f"run this as {name} with MYSQL_HOST=/run" in err) == (1, True), err
+        run.server.drop_login(name)
+    finally:
+        run.server.execute("UNINSTALL PLUGIN auth_socket")
 
 
 # --- Where the server is --------------------------------------------------------------------------
@@ -774,10 +882,12 @@ def test_a_socket_is_used_where_it_is_named(run: Setup, tmp_path: Path) -> None:
 
 
 def test_a_url_names_the_administrator(run: Setup) -> None:
-    place = run.server.url("any").replace("127.0.0.1", ELSEWHERE)
+    place = run.server.url("postgres").replace("127.0.0.1", ELSEWHERE)
     status, _, err = run("--url", f"{place}?sslmode=require")
     assert status == 0
     assert "password on the command line" in err
+    assert "CONTEXTUATE_DATABASE_URL" not in err  # which the command does not read
+    assert ("~/.pgpass" if run.backend == "postgresql" else "~/.my.cnf") in err
     assert run.server.admin_password not in err
     assert "sslmode=require" in run.url()
     login, _, rest = place.partition("://")[2].rpartition("@")
@@ -787,13 +897,62 @@ def test_a_url_names_the_administrator(run: Setup) -> None:
     assert "colour is not for" in run("--url", f"{place}&colour=red")[2]
 
 
+@pytest.mark.only("postgresql")
+def test_a_url_names_the_administrators_database(run: Setup, backend: str) -> None:
+    place = f"defaultdb_{run.environment}"
+    status, _, err = run("--url", run.server.url(place))
+    assert (status, f'"{place}" does not exist' in err) == (1, True)
+    run.server.create_database(place)
+    assert run("--url", run.server.url(place))[0] == 0
+    run.server.drop_database(place)
+    # The one to be set up is not it: it may not be there, and has to be dropped from elsewhere.
+    options = ("--url", run.server.url(run.database))
+    assert run(*options, "--reset", typed=run.database + "\n")[0] == 0
+    run.server.drop_database(run.database)
+    assert run(*options)[0] == 0
+
+
+@pytest.mark.only("postgresql")
+def test_a_url_may_name_a_socket_as_its_host(run: Setup, backend: str, tmp_path: Path) -> None:
+    assert run.server.socket_path is not None
+    link = tmp_path / "Here"
+    link.symlink_to(run.server.socket_path)
+    host = quote(str(link), safe="")
+    place = run.server.url("postgres").replace("127.0.0.1", host)
+    assert run("--url", place)[0] == 0
+    with open_store(run.url()) as store:
+        assert store.save_event(event()) is True
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_a_urls_password_comes_from_where_it_is_said_to(
+    run: Setup, place: str, tmp_path: Path
+) -> None:
+    server = run.server
+    variables = {}
+    if place == "environment":
+        name = "PGPASSWORD" if run.backend == "postgresql" else "MYSQL_PWD"
+        variables[name] = server.admin_password
+    else:
+        name, text = ".pgpass", f"*:*:*:*:{server.admin_password}\n"
+        if run.backend == "mysql":
+            name, text = ".my.cnf", f"[client]\npassword={server.admin_password}\n"
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    url = f"{run.backend}://{server.admin_user}@{ELSEWHERE}:{server.port}/postgres"
+    with run.monkeypatch.context() as patch:
+        patch.setattr(Setup, "variables", variables)
+        status, _, err = run("--url", url)
+    assert (status, err) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("variables", "options", "message"),
     [
         ({"PG_PORT": "x", "MYSQL_PORT": "x"}, [], "is no port"),
         ({"PG_PORT": "99999999", "MYSQL_PORT": "0"}, [], "is no port"),
         ({}, ["--url", "oracle://h/x"], "is set up here"),
-        ({}, ["--url", "mysql://h:port/x"], "--url: "),
+        ({}, ["--url", "mysql://h:port/x"], "host or port cannot be read"),
         ({"PG_PORT": "1", "MYSQL_PORT": "1"}, [], "127.0.0.1:1"),
     ],
 )
@@ -805,6 +964,26 @@ def test_a_server_that_cannot_be_is_refused_in_one_line(
         patch.setattr(Setup, "variables", {**run.variables, **place, **variables})
         status, _, err = run(*options)
     assert (status, message in err, err.count("\n")) == (1, True, 1), err
+
+
+@pytest.mark.parametrize(
+    "login",
+    [
+        "root:s3cret/part",
+        "root:s3cret#part",
+        "root:s3cret?part",
+        "root:s3cret\N{FULLWIDTH SOLIDUS}part",
+        "root:s3cr[et]part",
+    ],
+)
+def test_no_part_of_a_password_is_told_of_a_url_that_cannot_be_read(
+    backend: str, login: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = f"{backend}://{login}@nowhere.invalid/x"
+    assert main(["setup", backend, "--url", place, "--passwords", str(tmp_path / "p")]) == 1
+    err = capsys.readouterr().err.splitlines()[-1]  # after the warning of a password
+    assert err.startswith("contextuate-persist: error: ")
+    assert not [part for part in ("s3cr", "'et'", "part") if part in err], err
 
 
 def test_urls_hold_every_kind_of_host() -> None:
@@ -833,6 +1012,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Setup) -> Path:
     place.mkdir()
     (tmp_path / "admin").write_text(run.server.admin_password)
     (tmp_path / "state").touch()
+    (tmp_path / "volume").touch()
     program = place / "docker"
     program.write_text(
         f"""#!/bin/sh
@@ -840,10 +1020,17 @@ echo "$@" >>{tmp_path}/calls
 case "$1" in
     version) cat {tmp_path}/broken 2>/dev/null && exit 1; echo 27.0 ;;
     ps) cat {tmp_path}/state ;;
-    run) [ -n "$MYSQL_ROOT_PASSWORD$POSTGRES_PASSWORD" ] || exit 7
+    run) [ "$2" != --rm ] || {{ cat {tmp_path}/volume; exit; }}
+        [ -n "$MYSQL_ROOT_PASSWORD$POSTGRES_PASSWORD" ] || exit 7
+        echo "$MYSQL_ROOT_PASSWORD$POSTGRES_PASSWORD" >{tmp_path}/given
+        echo created >{tmp_path}/state
+        [ ! -e {tmp_path}/taken ] || {{ echo 'port is already allocated' >&2; exit 125; }}
         echo running >{tmp_path}/state ;;
+    rm) : >{tmp_path}/state ;;
+    inspect) echo {run.server.port} ;;
     start) echo running >{tmp_path}/state ;;
-    exec) cat {tmp_path}/admin ;;
+    exec) [ "$3" = printenv ] || {{ cp {tmp_path}/admin {tmp_path}/volume; exit; }}
+        cat {tmp_path}/admin ;;
 esac
 """
     )
@@ -865,7 +1052,7 @@ def test_docker_starts_a_pinned_server_and_says_what_comes_next(run: Setup, dock
     for words in (f"docker stop {name}", f"docker rm --force {name}", "docker exec --interactive"):
         assert words in out
     calls = (docker / "calls").read_text().splitlines()
-    [started] = [call for call in calls if call.startswith("run ")]
+    [started] = [call for call in calls if call.startswith("run --detach")]
     assert f"--name {name}" in started
     assert f"127.0.0.1:{run.server.port}:" in started
     assert ":latest" not in started
@@ -878,9 +1065,47 @@ def test_docker_starts_a_pinned_server_and_says_what_comes_next(run: Setup, dock
         (docker / "calls").unlink()
         assert "nothing was changed" in run()[1]
         verbs = [call.split()[0] for call in (docker / "calls").read_text().splitlines()]
-        assert verbs == ["version", "ps", *([verb] if verb else []), "exec"]
+        assert verbs == ["version", "ps", "inspect", *([verb] if verb else []), "exec", "exec"]
     assert run("--json")[0] == 0
     [json.loads(line) for line in run.seen[-2].splitlines()]
+
+
+def test_a_container_whose_port_is_taken_does_not_stay(run: Setup, docker: Path) -> None:
+    variable = "PG_PORT" if run.backend == "postgresql" else "MYSQL_PORT"
+    (docker / "taken").touch()
+    status, _, err = run()
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"already allocated; name another port with {variable}" in err
+    assert (docker / "state").read_text() == ""
+    (docker / "taken").unlink()
+    (docker / "state").write_text("created")  # as one stays that is killed there
+    (docker / "calls").unlink()
+    assert run()[0] == 0
+    verbs = [call.split()[0] for call in (docker / "calls").read_text().splitlines()]
+    assert verbs == ["version", "ps", "rm", "run", "run", "exec", "exec"]
+
+
+def test_a_volume_that_outlives_its_container_keeps_the_password(run: Setup, docker: Path) -> None:
+    assert run()[0] == 0
+    assert (docker / "given").read_text().strip() not in ("", run.server.admin_password)
+    (docker / "state").write_text("")
+    assert "nothing was changed" in run()[1]
+    assert (docker / "given").read_text().strip() == run.server.admin_password
+    (docker / "admin").write_text("another")  # of a volume that has none in it
+    status, _, err = run()
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"docker volume rm {CONTAINERS[run.backend]}" in err
+
+
+def test_a_container_keeps_its_port(run: Setup, docker: Path) -> None:
+    assert run()[0] == 0
+    with run.monkeypatch.context() as patch:
+        patch.setattr(Setup, "variables", {})
+        assert run()[0] == 0
+    with run.monkeypatch.context() as patch:
+        patch.setattr(Setup, "variables", dict.fromkeys(("PG_PORT", "MYSQL_PORT"), "1"))
+        status, _, err = run()
+    assert (status, f"has port {run.server.port}; " in err, err.count("\n")) == (1, True, 1)
 
 
 def test_without_docker_the_way_out_is_said(run: Setup, docker: Path) -> None:
