@@ -58,11 +58,15 @@ def _warn_of_password(args: argparse.Namespace) -> None:
 
 
 def _warn_of_url(url: str | None, variable: str) -> None:
+    file = "~/.pgpass (or PGPASSFILE)"
+    _warn(url, f"put the URL into {variable}, or for PostgreSQL the password into {file}")
+
+
+def _warn(url: str | None, way_out: str) -> None:
     if url and _has_password(url):
         tell(
             "warning: a password on the command line can be seen by everybody on this machine; "
-            f"put the URL into {variable}, or for PostgreSQL the password into ~/.pgpass "
-            "(or PGPASSFILE)"
+            f"{way_out}"
         )
 
 
@@ -319,7 +323,11 @@ def _setup(args: argparse.Namespace) -> int:
     # Who uses the library daily never needs it.
     from contextuate_persist import setup  # noqa: PLC0415
 
-    _warn_of_password(args)
+    # The variables of the database are the application's: this URL is read from none.
+    _warn(
+        args.url,
+        "put the password into PGPASSWORD or ~/.pgpass, or for MySQL into MYSQL_PWD or ~/.my.cnf",
+    )
     return setup.run(args)
 
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 #: A larger file is set aside unread: base64 of the largest payload, and what is around it, is less.
 MAX_FILE_BYTES = 64 * 2**20
 
+ENVIRONMENT_INBOX = "CONTEXTUATE_INBOX"
+_INBOX = "~/.contextuate/monitor/inbox"
 _LOCK = ".lock"
 _BAD = "bad"
 _WHY = ".why"
@@ -37,6 +39,11 @@ _BEGUN = re.compile(r"\.\d{20}-[0-9a-f]{32}\.json")
 # A link, a socket, a directory, somebody else's. Any other error may pass: too many open files, a
 # network's disk.
 _LASTING = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EACCES})
+
+
+def default_inbox() -> Path:
+    """The inbox of this user: what CONTEXTUATE_INBOX names, else one in the home directory."""
+    return Path(os.path.expanduser(os.environ.get(ENVIRONMENT_INBOX) or _INBOX))
 
 
 def leave(directory: str | Path, body: bytes) -> str:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, open_given: OpenStore) -> int:
     subject = Subject.of(args.session, args.machine, args.directory)
     if not (args.dry_run or args.yes or (sys.stdin and sys.stdin.isatty())):
         raise ConfigurationError("forget: nothing was removed: give --yes to remove it, unasked")
-    places = Places(spool=args.spool or default_spool(), inbox=args.inbox or _default_inbox())
+    places = Places(spool=args.spool or default_spool(), inbox=args.inbox or inbox.default_inbox())
     with open_given(args) as store:
         survey = Survey(subject, store, places)
         found = survey.look()
@@ -75,11 +75,6 @@ def run(args: argparse.Namespace, open_given: OpenStore) -> int:
         removed = survey.remove()
     _report(args, subject, removed, survey, done=True)
     return 1 if survey.left else 0
-
-
-def _default_inbox() -> Path:
-    named = os.environ.get("CONTEXTUATE_INBOX") or "~/.contextuate/monitor/inbox"
-    return Path(named).expanduser()
 
 
 # --- What waits on this machine -------------------------------------------------------------------
