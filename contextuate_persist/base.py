@@ -1267,7 +1267,15 @@ class BaseStore(ABC):
             return partitions.discard(session)
 
     def load_sample(self) -> None:
-        """Store the sample data of schemas/sample-data.sql; what is there already stays."""
+        """Store the sample data of schemas/sample-data.sql; what is there already stays.
+
+        Raises ConfigurationError where events is partitioned: the file's INSERTs give no `seq`.
+        """
+        if self.health().schema_layout == "partitioned":
+            raise ConfigurationError(
+                f"{self._place}: events is partitioned, and the sample data is for a database that "
+                "is not: try it in one of its own"
+            )
         script = schema.schema_file("sample-data.sql").read_text(encoding="utf-8")
         statements = schema.split_script(script, self.backend)
         self._run(lambda connection: self._run_statements(connection, statements), transaction=True)

@@ -1225,3 +1225,11 @@ def test_a_million_events_are_partitioned_while_writers_go_on(plain: Database) -
         f"{plain.backend}: {done.copied:,} events copied in {took:.0f} s; writers waited for "
         f"{done.longest_wait_ms:.0f} ms at most, their longest turn took {writers.longest:.2f} s"
     )
+
+
+def test_sample_data_is_refused_where_events_is_partitioned(partitioned: Database) -> None:
+    with (
+        make_store(partitioned.url) as store,
+        pytest.raises(ConfigurationError, match="events is partitioned, and the sample data is"),
+    ):
+        store.load_sample()
