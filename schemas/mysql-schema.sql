@@ -330,7 +330,14 @@ BEGIN
             s.session_id,
             NOT s.is_pinned AND COALESCE(
                 s.end_time,
-                (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id),
+                (
+                    -- MAX() would read, and lock, all events of the session.
+                    SELECT e.timestamp
+                    FROM events AS e
+                    WHERE e.session_id = s.session_id
+                    ORDER BY e.session_id DESC, e.timestamp DESC, e.seq DESC
+                    LIMIT 1
+                ),
                 s.start_time
             ) < older_than_ms AS due
         FROM sessions AS s
@@ -376,7 +383,14 @@ BEGIN
             LEAST(
                 clock.now + 86400000,
                 COALESCE(
-                    (SELECT MAX(e.timestamp) FROM events AS e WHERE e.session_id = s.session_id), 0
+                    (
+                        SELECT e.timestamp
+                        FROM events AS e
+                        WHERE e.session_id = s.session_id
+                        ORDER BY e.session_id DESC, e.timestamp DESC, e.seq DESC
+                        LIMIT 1
+                    ),
+                    0
                 )
             )
         )
