@@ -61,7 +61,7 @@ class ReferenceStore:
         for session_id in dict.fromkeys(event.session_id for event in batch):
             own = [event for event in batch if event.session_id == session_id]
             self._learn(session_id, min(own, key=lambda event: event.timestamp))
-        for event in batch:
+        for event in sorted(batch, key=lambda event: event.timestamp):
             if event.parent_session_id is not None:
                 self._refer(event.parent_session_id, event.timestamp)
         for event in batch:
