@@ -262,7 +262,8 @@ def test_a_network_that_holds_everything_back_is_waited_for(
         proxy.silent = False
         proxy.cut_all()
         producers.stop()
-        producers.require_all(store)
+        with make_store(database.url) as patient:
+            producers.require_all(patient)
 
 
 # --- Daemons that are killed ----------------------------------------------------------------------
