@@ -445,7 +445,9 @@ def test_scripts_are_split_where_statements_end() -> None:
 
 def test_every_event_id_survives_as_a_uuid(empty_database: Database) -> None:
     make_original(empty_database)
+    [(count,)] = empty_database.execute("SELECT COUNT(*) FROM events")
     empty_database.owner().upgrade_schema()
     with make_store(empty_database.url) as store:
-        for one in store.iter_events():
-            assert str(uuid.UUID(one.id)) == one.id
+        ids = {str(uuid.UUID(one.id)) for one in store.iter_events()}
+        assert ids == {one.id for one in store.iter_events()}
+        assert len(ids) == count > 0

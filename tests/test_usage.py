@@ -245,6 +245,9 @@ def test_usage_comes_while_sessions_are_written_and_deleted(database: Database) 
         finally:
             over.set()
             deleting.join(60)
+        store.save_session(session("s0", start_time=T0 + 10**12), undelete=True)
+        count(store, 0)
+        compared = 0
         for found in store.get_sessions():
             name = found.session_id
             rows = database.execute(
@@ -252,6 +255,8 @@ def test_usage_comes_while_sessions_are_written_and_deleted(database: Database) 
             )
             if rows[0][0] is not None:
                 assert found.token_usage.total_output == rows[0][0]
+                compared += 1
+        assert compared > 0
 
 
 def test_owners_that_never_stop_appearing_end_in_an_error(
