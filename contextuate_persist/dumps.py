@@ -429,7 +429,7 @@ class MySQLDumper:
             if found is None or "MariaDB" in self.version:
                 what = "is MariaDB's, which leaves out half" if found else "is not installed"
                 raise ConfigurationError(
-                    f"{name} {what}: install MySQL's client programs (Debian: mysql-client-core)"
+                    f"{name} {what}: install MySQL's client programs (from repo.mysql.com)"
                 )
             self.version = self.version.partition("Ver ")[2].partition(" ")[0]
             if _major(self.version) < 8:

@@ -653,7 +653,7 @@ def test_missing_or_old_programs_are_named_with_what_to_install(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(embedded, "candidates", lambda: iter(()))
-    package = "postgresql-client-" if backend == "postgresql" else "mysql-client-core"
+    package = "postgresql-client-" if backend == "postgresql" else "repo.mysql.com"
     with pytest.raises(ConfigurationError, match=f"not installed: .*{package}"):
         backup(store, tmp_path / "b")
     for version in ("pg_dump (PostgreSQL) 9.6.1", "mysqldump  Ver 10.11 Distrib MariaDB"):

@@ -106,7 +106,8 @@ def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(first: servers.
     place = first.directory / "srv"
     user = first.setup.get("user")
     owner = {"user": user, "group": first.setup["group"], "extra_groups": []} if user else {}
-    for path in (place, place / "backup", place / "backup/wal"):
+    wal = place / "backup/wal"
+    for path in (place, place / "backup", wal):
         path.mkdir()
         if user:
             os.chown(path, user, first.setup["group"])
@@ -141,7 +142,18 @@ def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(first: servers.
             script.replace("/srv/", f"{place}/"), {**environment, **more}, cwd=place, **owner
         )
 
-    execute(backup)
+    for _ in range(2):  # nights
+        execute(backup)
+    archived = min(wal.iterdir())
+    (place / "again").write_bytes(archived.read_bytes())
+    (place / "other").write_bytes(b"another server's")
+    for name in ("again", "other"):
+        (place / name).chmod(0o644)
+    (command,) = re.findall("^archive_command = '(.*)'$", blocks["conf"][0], re.MULTILINE)
+    command = command.replace("%f", archived.name)
+    execute(command.replace("%p", "/srv/again"))  # as after a crash, before it was noted as done
+    with pytest.raises(AssertionError):
+        execute(command.replace("%p", "/srv/other"))
     add(url)
     moment = pause()
     spoil(url)
@@ -179,8 +191,7 @@ def test_mysql_is_recovered_to_a_moment_as_the_guide_has_it(
     blocks = chapter("Any moment: MySQL")
     backup, copy, recover = blocks["sh"]
     tools = tmp_path / "tools"
-    for path in (tools, tmp_path / "backup", tmp_path / "backup/log"):
-        path.mkdir()
+    tools.mkdir()
     next(iter(servers.find_mysql())).write_tools(tools)
     for name, server in ((".my.cnf", first), ("restored.cnf", mysql_server)):
         lines = {
@@ -208,7 +219,11 @@ def test_mysql_is_recovered_to_a_moment_as_the_guide_has_it(
     try:
         make_store(url).apply_schema()
         fill(url)
-        execute(backup)
+        for night in range(2):
+            execute(backup)
+            execute(copy)
+            with make_store(url) as store:
+                store.save_event(event("busy", T0 + night))
         add(url)
         moment = pause()
         spoil(url)
@@ -229,22 +244,26 @@ def test_the_commands_for_backups_work_as_the_guide_has_them(
     with make_store(database.url) as store:
         store.load_sample()
     tools = tmp_path / "tools"
-    for directory in (tools, tmp_path / "backup", tmp_path / "keys"):
-        directory.mkdir()
+    tools.mkdir()
     if backend == "mysql":
         next(iter(servers.find_mysql())).write_tools(tools)
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    make, verify, test, load = first.splitlines()
+    places, make, verify, test, load = first.splitlines()
 
     def execute(script: str, url: str) -> str:
         script = script.replace("/srv/", f"{tmp_path}/")
-        if made := list((tmp_path / "backup").glob("*.backup")):
-            script = script.replace("BACKUP", str(made[0]))
+        if made := sorted(
+            (tmp_path / "backup").glob("*"), key=lambda file: file.stat().st_mtime_ns
+        ):
+            script = script.replace("BACKUP", str(made[-1]))
         return run(script, {**os.environ, "PATH": path, ENVIRONMENT_URL: url})
 
+    execute(places, "")
     assert "4 sessions" in execute(make, database.url)
     assert "as it was written" in execute(verify, "")
     assert "dropped again" in execute(test, server.admin_url)
     database.clear()
     assert "the same" in execute(load, database.owner_url)
-    assert "encrypted" in execute(encrypted, database.url)
+    *make, verify = encrypted.splitlines()
+    assert "encrypted" in execute("\n".join(make), database.url)
+    assert "as it was written" in execute(verify, "")
