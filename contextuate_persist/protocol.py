@@ -125,13 +125,13 @@ class PersistenceStore(Protocol):
     ) -> int | SaveResult:
         """Store many events, as `save_event` does each; returns how many were new.
 
-        The caller's order decides between equal timestamps of a session. Transactions hold some
-        hundred events each (cut by rows and bytes). `on_error="raise"` validates everything first
-        and raises InvalidBatch, which names every bad index, with nothing stored; `"skip"` stores
-        the rest and returns a SaveResult that says what was left out. What only the server refuses
-        is found by bisection and reported the same way, with `raise` after its neighbours were
-        stored. `undelete=True` also stores events of deleted sessions, and forgets the deletion.
-        An empty batch touches nothing and returns 0.
+        The caller's order decides between equal timestamps of a session. Transactions hold a
+        thousand events each, fewer where they are large. `on_error="raise"` validates everything
+        first and raises InvalidBatch, which names every bad index, with nothing stored; `"skip"`
+        stores the rest and returns a SaveResult that says what was left out. What only the server
+        refuses is found by bisection and reported the same way, with `raise` after its neighbours
+        were stored. `undelete=True` also stores events of deleted sessions, and forgets the
+        deletion. An empty batch touches nothing and returns 0.
         """
         ...
 

@@ -57,7 +57,8 @@ def default_spool() -> Path:
 class EventWriter:
     """Takes events and sessions in microseconds and stores them, whatever the database does.
 
-    `with EventWriter(open_store(url)) as writer: writer.put(event)`. Thread-safe. The writer opens
+    `with open_store(url) as store, EventWriter(store) as writer: writer.put(event)`; but a store
+    that is not open yet may be given, while the database is away. Thread-safe. The writer opens
     the store when the database answers, and goes on trying until it does; closing the store is its
     owner's. What was put for one session is stored in that order, each event once.
 

@@ -306,7 +306,7 @@ class Suite:
 
     def single(self) -> None:
         """One durable event, alone and from many threads."""
-        # So that each connection of the pool has prepared the statement.
+        # So that the connection has prepared the statement, and the caches are warm.
         warm_up = 8 * self.store.pool_size
         events = self._more(2 * (warm_up + 2 * self.scale.calls))
         mine, theirs = events[::2], [self.bare.prepare_insert(one) for one in events[1::2]]
