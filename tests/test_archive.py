@@ -366,7 +366,7 @@ def test_what_takes_too_long_for_one_statement_is_archived_in_slices(
     store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save_session(session("large", **OLD))
-    store.save_events([event("large", T0 + n % 7, data={"n": n}) for n in range(300)])
+    store.save_events([event("large", T0 + n % 7, data={"n": n}) for n in range(120)])
     before = content(store)
     weights = store.weigh_sessions(["large"])
     module = importlib.import_module(f"contextuate_persist.{store.backend}_store")

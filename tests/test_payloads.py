@@ -86,7 +86,7 @@ def test_what_cannot_be_read_back_is_an_error_of_ours(kept: bytes) -> None:
 # --- On the servers -------------------------------------------------------------------------------
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(batch=st.lists(st.tuples(payloads, texts), min_size=1, max_size=8))
 @example(batch=[({text: text}, text) for text in TRICKY])
 def test_every_payload_and_path_comes_back_exactly(
