@@ -158,6 +158,7 @@ def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(first: servers.
     add(url)
     moment = pause()
     spoil(url)
+    execute(backup)  # before anybody noticed
     (place_in_log,) = re.findall("[0-9A-F]+/[0-9A-F]+", execute(switch))
     query = f"""
         SELECT last_archived_wal >= pg_walfile_name('{place_in_log}') FROM pg_stat_archiver
@@ -229,6 +230,7 @@ def test_mysql_is_recovered_to_a_moment_as_the_guide_has_it(
         add(url)
         moment = pause()
         spoil(url)
+        execute(backup)  # before anybody noticed
         execute(copy)
         execute(recover, MOMENT=moment.strftime("%Y-%m-%d %H:%M:%S"))
         check_recovered(mysql_server.url(NAME))
