@@ -34,10 +34,10 @@ def open_store(
     """A `PersistenceStore` for a database: `with open_store() as store:` opens and closes it.
 
     The first of these that is given decides: `url` (`postgresql://...` or `mysql://...`);
-    CONTEXTUATE_DATABASE_URL; the `persistence` block of the configuration file (`config`, else
-    CONTEXTUATE_CONFIG, else ~/.contextuate/monitor/config.json); the embedded default, a private
-    PostgreSQL that needs no set-up. Connects to nothing yet. `options` go to the store:
-    `pool_size`, and in seconds `connect_timeout`, `pool_timeout`, `statement_timeout` and
+    CONTEXTUATE_DATABASE_URL, unless `config` is given; the `persistence` block of the configuration
+    file (`config`, else CONTEXTUATE_CONFIG, else ~/.contextuate/monitor/config.json); the embedded
+    default, a private PostgreSQL that needs no set-up. Connects to nothing yet. `options` go to the
+    store: `pool_size`, and in seconds `connect_timeout`, `pool_timeout`, `statement_timeout` and
     `lock_timeout`. Raises ConfigurationError, naming the setting, for what cannot work.
 
     With `storage_limit`, in bytes, the database gets a limit, and `on_full` says what happens
