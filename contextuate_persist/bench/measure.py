@@ -30,7 +30,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One measured line; with a goal it is a ratio, or a time in ms, that must keep to it."""
+    """One measured line; with a goal its value must keep to that."""
 
     backend: str
     chapter: str
