@@ -147,7 +147,7 @@ _DEFAULT_DATABASE = "contextuate_monitor"
 def _read_file(config: str | Path | None) -> tuple[str | None, dict[str, Any]]:
     """The URL, None without a file or block, and the options that it stands for."""
     named = config or os.environ.get(ENVIRONMENT_CONFIG)
-    path = _path(named or CONFIG_FILE)
+    path = home_path(named or CONFIG_FILE)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -224,8 +224,9 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * (1024**power if power else unit))
 
 
-def _path(name: str | Path) -> Path:
-    # pathlib's own raises RuntimeError where there is no such user.
+def home_path(name: str | Path) -> Path:
+    """The path with ~ for a home directory; as it is where there is no such user."""
+    # pathlib's own raises RuntimeError then.
     return Path(os.path.expanduser(name))
 
 
@@ -277,7 +278,7 @@ def _password(database: Mapping[str, Any], path: Path) -> str:
     if password := os.environ.get(ENVIRONMENT_PASSWORD):
         return password
     if "passwordFile" in database:
-        file = _path(database["passwordFile"])
+        file = home_path(database["passwordFile"])
         try:
             return file.read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, ValueError) as error:
@@ -293,6 +294,6 @@ def _tls_parameters(block: Any, path: Path) -> dict[str, str]:
         modes = ", ".join(tls.MODES)
         raise ConfigurationError(f"{path}: persistence.database.tls.mode is one of {modes}")
     return {
-        tls.WORDS[name]: value if name == "mode" else str(_path(value))
+        tls.WORDS[name]: value if name == "mode" else str(home_path(value))
         for name, value in given.items()
     }

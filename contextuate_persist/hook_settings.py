@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
+from contextuate_persist.config import home_path
 from contextuate_persist.errors import ConfigurationError
 from contextuate_persist.hooks import HOOKS, STREAMING
 
@@ -102,8 +103,7 @@ class Change:
 def default_settings() -> Path:
     """The user's own settings, for all projects; CLAUDE_CONFIG_DIR moves them."""
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
-    # pathlib's own raises RuntimeError where there is no such user.
-    return Path(os.path.expanduser(directory)) / "settings.json"
+    return home_path(directory) / "settings.json"
 
 
 def default_command() -> str:

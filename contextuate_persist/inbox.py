@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from contextuate_persist.config import home_path
 from contextuate_persist.errors import ConfigurationError, SpoolError
 from contextuate_persist.spool import sync_directory
 
@@ -43,7 +44,7 @@ _LASTING = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EACCES})
 
 def default_inbox() -> Path:
     """The inbox of this user: what CONTEXTUATE_INBOX names, else one in the home directory."""
-    return Path(os.path.expanduser(os.environ.get(ENVIRONMENT_INBOX) or _INBOX))
+    return home_path(os.environ.get(ENVIRONMENT_INBOX) or _INBOX)
 
 
 def leave(directory: str | Path, body: bytes) -> str:

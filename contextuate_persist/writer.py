@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from contextuate_persist import model, queued, records
 from contextuate_persist.base import BaseStore
+from contextuate_persist.config import home_path
 from contextuate_persist.dead_letters import DeadLetters
 from contextuate_persist.errors import (
     ConfigurationError,
@@ -51,7 +52,7 @@ _KEEPER_SECONDS, _SENDER_SECONDS = 10.0, 0.5
 
 def default_spool() -> Path:
     """The spool of this user: what CONTEXTUATE_SPOOL names, else one in the home directory."""
-    return Path(os.path.expanduser(os.environ.get(ENVIRONMENT_SPOOL) or _SPOOL))
+    return home_path(os.environ.get(ENVIRONMENT_SPOOL) or _SPOOL)
 
 
 class EventWriter:
