@@ -612,17 +612,19 @@ LAST_EVENT = """(
 
 # An event dated a little later than the server's clock must not bring its session back either; but
 # one with a year to go must not keep the session's future away.
-REMEMBER_DELETIONS = f"""
-INSERT INTO deleted_sessions (session_id, deleted_at)
-SELECT
-    s.session_id,
-    GREATEST(
+DELETED_AT = f"""GREATEST(
         clock.now,
         LEAST(
             clock.now + 86400000,
             COALESCE({LAST_EVENT}, 0)
         )
-    )
+    )"""
+
+REMEMBER_DELETIONS = f"""
+INSERT INTO deleted_sessions (session_id, deleted_at)
+SELECT
+    s.session_id,
+    {DELETED_AT}
 FROM sessions AS s
 CROSS JOIN (SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now) AS clock
 WHERE s.session_id IN (%(session_ids)s)
@@ -779,13 +781,7 @@ REMEMBER_FORGOTTEN = f"""
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
     s.session_id,
-    GREATEST(
-        clock.now,
-        LEAST(
-            clock.now + 86400000,
-            COALESCE({LAST_EVENT}, 0)
-        )
-    )
+    {DELETED_AT}
 FROM JSON_TABLE(
     %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
 ) AS s

@@ -605,17 +605,19 @@ LAST_EVENT = """(
 
 # An event dated a little later than the server's clock must not bring its session back either; but
 # one with a year to go must not keep the session's future away.
-REMEMBER_DELETIONS = f"""
-INSERT INTO deleted_sessions (session_id, deleted_at)
-SELECT
-    s.session_id,
-    GREATEST(
+DELETED_AT = f"""GREATEST(
         clock.now,
         LEAST(
             clock.now + 86400000,
             COALESCE({LAST_EVENT}, 0)
         )
-    )
+    )"""
+
+REMEMBER_DELETIONS = f"""
+INSERT INTO deleted_sessions (session_id, deleted_at)
+SELECT
+    s.session_id,
+    {DELETED_AT}
 FROM sessions AS s
 CROSS JOIN (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now) AS clock
 WHERE s.session_id = ANY(%(session_ids)s::text[])
@@ -732,13 +734,7 @@ REMEMBER_FORGOTTEN = f"""
 INSERT INTO deleted_sessions (session_id, deleted_at)
 SELECT
     s.session_id,
-    GREATEST(
-        clock.now,
-        LEAST(
-            clock.now + 86400000,
-            COALESCE({LAST_EVENT}, 0)
-        )
-    )
+    {DELETED_AT}
 FROM unnest(%(session_ids)s::text[]) AS s (session_id)
 CROSS JOIN (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now) AS clock
 ON CONFLICT (session_id) DO UPDATE SET
