@@ -77,6 +77,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+async def leave_and_open_again(
+    store: AsyncStore, slow: Coroutine[Any, Any, None], proceed: threading.Event
+) -> None:
+    """Open a store while a call that nobody waits for any more goes on; it works, and is closed."""
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(slow, 0.05)
+    again = asyncio.create_task(store.init())
+    await asyncio.sleep(0.2)
+    proceed.set()
+    await again
+    await asyncio.to_thread(wait_until, lambda: not threads("contextuate_persist-close"))
+    assert await store.save_event(event()) is True
+    await store.close()
+
+
 @contextlib.contextmanager
 def row_lock(database: Database, session_id: str) -> Iterator[Callable[[], None]]:
     """A session that others wait for until the lock ends, or the function that comes is called."""
@@ -448,15 +463,7 @@ def test_an_opening_after_one_that_timed_out_stays_open(
 
     async def main() -> None:
         store = AsyncStore(inner)
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(store.init(), 0.05)
-        again = asyncio.create_task(store.init())
-        await asyncio.sleep(0.2)
-        proceed.set()
-        await again
-        await asyncio.to_thread(wait_until, lambda: not threads("contextuate_persist-close"))
-        assert await store.save_event(event()) is True
-        await store.close()
+        await leave_and_open_again(store, store.init(), proceed)
 
     run(main())
 
@@ -509,15 +516,7 @@ def test_an_opening_after_a_cancelled_close_stays_open(
     async def main() -> None:
         store = AsyncStore(inner)
         await store.init()
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(store.close(), 0.05)
-        again = asyncio.create_task(store.init())
-        await asyncio.sleep(0.2)
-        proceed.set()
-        await again
-        await asyncio.to_thread(wait_until, lambda: not threads("contextuate_persist-close"))
-        assert await store.save_event(event()) is True
-        await store.close()
+        await leave_and_open_again(store, store.close(), proceed)
 
     run(main())
 
