@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import select
 import stat
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 from contextuate_persist import ConfigurationError, hook_settings
 from contextuate_persist.cli import main
 from contextuate_persist.hook_settings import ALL_HOOKS, USUAL_HOOKS, install, uninstall
+from tests.asking import asked
 
 ROOT = Path(__file__).parent.parent
 OTHERS = {
@@ -395,26 +395,7 @@ def test_a_terminal_is_asked(path: Path, answer: str, changed: bool) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_what_will_change_is_seen_before_the_question(path: Path, options: list[str]) -> None:
-    master, slave = pty.openpty()
-    command = [sys.executable, "-m", "contextuate_persist", "hook", "install", *options]
-    with subprocess.Popen(
-        [*command, "--settings", str(path)],
-        stdin=slave,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": ""},
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        told = b""
-        while b"[y/N]" not in told:
-            told += process.stderr.readline()
-        ready, _, _ = select.select([process.stdout], [], [], 0)
-        shown = os.read(process.stdout.fileno(), 2**16) if ready else b""
-        os.write(master, b"y\n")
-        out, _ = process.communicate(timeout=60)
-    os.close(master)
-    os.close(slave)
+    told, shown, out = asked("hook", "install", *options, "--settings", str(path))
     assert b'+    "SessionStart": [\n' in (told if options else shown)
     if options:
         (record,) = [json.loads(line) for line in (shown + out).splitlines()]

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pty
-import select
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from contextuate_persist.privacy import REMAINS
 from contextuate_persist.queued import Refused
 from contextuate_persist.spool import Record, Spool, spool_state
 from contextuate_persist.writer import ENVIRONMENT_SPOOL
+from tests.asking import asked
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store
 from tests.test_cli import HOSTILE, Run, harmless, records, run
@@ -496,25 +496,8 @@ def test_what_was_found_is_seen_before_the_question(
     home: Path, store: BaseStore, database: Database, options: list[str]
 ) -> None:
     fill_database(store)
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "contextuate_persist", "forget", "--session", "s", *options],
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, ENVIRONMENT_URL: database.url, "PYTHONUNBUFFERED": ""},
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        told_of = b""
-        while b"[y/N]" not in told_of:
-            told_of += process.stderr.readline()
-        ready, _, _ = select.select([process.stdout], [], [], 0)
-        shown = os.read(process.stdout.fileno(), 2**16) if ready else b""
-        os.write(ours, b"y\n")
-        out, _ = process.communicate(timeout=60)
-    os.close(ours)
-    os.close(theirs)
+    place = {ENVIRONMENT_URL: database.url}
+    told_of, shown, out = asked("forget", "--session", "s", *options, **place)
     assert b"2 sessions, 2 events" in (told_of if options else shown)
     if options:
         (record,) = records((shown + out).decode())
