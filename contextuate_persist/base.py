@@ -222,6 +222,9 @@ class BaseStore(ABC):
         self._valve: retention.Valve | None = None
         if storage_limit is not None:
             self._valve = retention.Valve(self, storage_limit, on_full, retention_policy)
+        elif on_full != "warn" or retention_policy is not None:
+            word = "retention_policy" if on_full == "warn" else "on_full"
+            raise ConfigurationError(f"{word}: it needs a limit: give storage_limit, in bytes")
         _stores.add(self)
 
     @property

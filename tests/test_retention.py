@@ -573,6 +573,8 @@ def test_the_size_of_the_tables_is_the_servers(store: BaseStore, database: Datab
         ({"storage_limit": 0}, "storage_limit: a number of bytes"),
         ({"storage_limit": "20GB"}, "storage_limit: a number of bytes"),
         ({"storage_limit": 5, "on_full": "stop"}, "on_full: 'warn', 'prune' or 'refuse'"),
+        ({"on_full": "refuse"}, "on_full: it needs a limit"),
+        ({"retention_policy": RetentionPolicy()}, "retention_policy: it needs a limit"),
     ],
 )
 def test_a_senseless_valve_is_refused(options: dict[str, Any], message: str) -> None:
