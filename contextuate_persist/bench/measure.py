@@ -85,18 +85,25 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def rates(
-    contenders: Mapping[str, Callable[[int], object]], *, rounds: int, events: int
+    contenders: Mapping[str, Callable[[int], object]],
+    *,
+    rounds: int,
+    events: int,
+    warm_up: int = 0,
 ) -> dict[str, float]:
     """Events per second of each contender: the median of rounds that are taken in turns.
 
-    A contender is called with the number of the round and stores `events` events. Whoever comes
-    first in a round comes last in the next, so that nobody always follows the same neighbour.
+    A contender is called with the number of the round and stores `events` events; the first
+    rounds, `warm_up` before the `rounds`, do not count. Whoever comes first in a round comes last
+    in the next, so that nobody always follows the same neighbour.
     """
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
-    for number in range(rounds):
+    for number in range(warm_up + rounds):
         for name in names if number % 2 == 0 else reversed(names):
-            taken[name].append(events / seconds(lambda n=name, r=number: contenders[n](r)))  # type: ignore[misc]
+            rate = events / seconds(lambda n=name, r=number: contenders[n](r))  # type: ignore[misc]
+            if number >= warm_up:
+                taken[name].append(rate)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
