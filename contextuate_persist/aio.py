@@ -76,30 +76,38 @@ class AsyncStore:
         """Take a store that is not open yet."""
         self._store = store
         self._threads: ThreadPoolExecutor | None = None
-        self._closings: set[Future[None]] = set()  # that go on, though nobody may wait for them
+        # That go on, though nobody may wait for them.
+        self._openings: set[Future[None]] = set()
+        self._closings: set[Future[None]] = set()
+        self._initializing = 0  # calls of init that do wait
         _stores.add(self)
 
     def __repr__(self) -> str:
         return f"<AsyncStore of {self._store!r}>"
 
     async def init(self) -> None:
-        opening = _start_thread(
-            partial(self._open, tuple(self._closings)), "contextuate_persist-init"
-        )
+        before = (*self._openings, *self._closings)
+        opening = _start_thread(partial(self._open, before), "contextuate_persist-init")
+        self._openings.add(opening)
+        opening.add_done_callback(self._openings.discard)
+        self._initializing += 1
         try:
             await asyncio.wrap_future(opening)
         except BaseException:
-            if self._threads is None:
+            self._initializing -= 1
+            if self._threads is None and not self._initializing:
                 # Cancelled, most likely: what opens now is closed by nobody, `__aexit__` is not
                 # called after this.
                 self._start_closing(partial(self._undo, opening))
             raise
+        self._initializing -= 1
         if self._threads is None:
             self._threads = self._new_threads()
 
-    def _open(self, closings: Iterable[Future[None]]) -> None:
-        # Whose caller has left: they would close what is opened here.
-        wait(closings)
+    def _open(self, before: Iterable[Future[None]]) -> None:
+        # Whose callers may have left. Closings would close what is opened here; an opening would
+        # open again what is closed since this one's caller left, too.
+        wait(before)
         self._store.init()
 
     def _undo(self, opening: Future[None]) -> None:
@@ -540,7 +548,8 @@ def _next_events(events: Iterator[MonitorEvent]) -> list[MonitorEvent]:
 def _after_fork() -> None:  # pragma: no cover  (in a forked child)
     for store in _stores:
         # The child has none of the parent's threads.
-        store._closings = set()  # noqa: SLF001
+        store._openings, store._closings = set(), set()  # noqa: SLF001
+        store._initializing = 0  # noqa: SLF001
         if store._threads is not None:  # noqa: SLF001
             store._threads = store._new_threads()  # noqa: SLF001
 

@@ -482,6 +482,43 @@ def test_a_cancelled_second_opening_leaves_the_store_open(database: Database) ->
     run(main())
 
 
+def test_of_two_openings_at_once_one_may_be_cancelled(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = make_store(database.url)
+    proceed = threading.Event()
+    init = inner.init
+
+    def slow_init() -> None:
+        proceed.wait(20)
+        init()
+
+    monkeypatch.setattr(inner, "init", slow_init)
+
+    async def main(*, both: bool) -> None:
+        proceed.clear()
+        store = AsyncStore(inner)
+        first, second = (asyncio.create_task(store.init()) for _ in range(2))
+        await asyncio.sleep(0.05)
+        for task in (first, second) if both else (first,):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        proceed.set()
+        if both:
+            return
+        await second
+        await asyncio.sleep(0.05)
+        await store.save_event(event())
+        await store.close()
+
+    run(main(both=False))
+    run(main(both=True))
+    wait_until(lambda: not threads())
+    with pytest.raises(StoreClosed):
+        inner.get_events("s")
+
+
 def test_a_cancelled_close_closes_all_the_same(database: Database) -> None:
     inner = make_store(database.url)
 
