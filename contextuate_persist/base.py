@@ -1122,10 +1122,11 @@ class BaseStore(ABC):
             if fingerprints is not None:
                 now = self._fingerprints(connection, ids, in_slices)
                 same = {one for one in same if now.get(one, "") == fingerprints.get(one)}
-            # A parent that was not stored, or a child that nobody knew.
+            # A parent that was not stored, or a child that stays: nobody knew it, or it was in
+            # another tree.
             strangers = {state.session_id for state in found if state.session_id not in known}
             children = self._select_links(connection, family)
-            strangers.update(parent for child, parent in children if child not in known)
+            strangers.update(parent for child, parent in children if child not in same)
             due = [
                 session_id
                 for tree in planned

@@ -265,6 +265,23 @@ def test_the_tree_of_what_changed_meanwhile_is_spared(
     assert "kept runner" in names(store)
 
 
+@pytest.mark.parametrize("link", ["parent_session_id", "manual_parent_session_id"])
+def test_two_trees_of_one_step_that_are_one_meanwhile_are_spared(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch, link: str
+) -> None:
+    store.save_sessions([session(name, **OLD) for name in ("above", "below", "gone")])
+    select = store.session_states
+
+    def then_link() -> list[Any]:
+        found = select()
+        store.update_session("below", **{link: "above"})
+        return found
+
+    monkeypatch.setattr(store, "session_states", then_link)
+    report = prune(store, RetentionPolicy())
+    assert (report.sessions, report.spared, names(store)) == (1, 2, {"above", "below"})
+
+
 def test_steps_are_small_and_a_large_tree_goes_alone_and_whole(
     store: BaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
