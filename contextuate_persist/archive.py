@@ -81,6 +81,7 @@ def archive(
         told = retention.prune(store, policy, dry_run=True)
         return ArchiveReport(**dataclasses.asdict(told), files=())
     with _sole_archiver(Path(directory)) as place:
+        store.require_all_events()
         found = retention.plan(store, policy)
         work = _Work(store, place, recipients, rest, stop)
         done = 0

@@ -68,6 +68,7 @@ def backup(
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     about: dict[str, Any] = {"format": FORMAT, "backend": store.backend, "made": made}
     about["library"] = __version__
+    store.require_all_events()
     with contextlib.ExitStack() as stack:
         counting = Counting(stack.enter_context(_new_file(target)), progress)
         stream: IO[bytes] = counting  # type: ignore[assignment]
@@ -75,6 +76,7 @@ def backup(
             stream = stack.enter_context(encryption.encrypted(stream, keys))
         writer = stack.enter_context(Writer(stream))
         contents, moving = _write(stack, store, writer, about)
+        store.require_all_events()  # some may have been taken aside before the dump came to them
         writer.finish()
     return Backup(
         path=str(target),

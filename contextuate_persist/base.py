@@ -895,6 +895,13 @@ class BaseStore(ABC):
             transcript_paths=tuple(sorted({path for path in paths.values() if path})),
         )
 
+    def _has_old_table(self, connection: Any) -> bool:
+        """Whether a conversion has left its table aside; raises StoreUnavailable during one."""
+        beside = self._select_beside(connection)
+        if beside - {partitions.UNPARTITIONED}:
+            raise StoreUnavailable(f"{self._place}: {partitions.HALF_WAY}")
+        return bool(beside)
+
     def _concerned(self, subject: Subject) -> tuple[list[str], dict[str, str | None]]:
         """The sessions that go whole, what is below before what is above; and their transcripts.
 
@@ -1096,6 +1103,18 @@ class BaseStore(ABC):
         rows = self._run(partial(self._select_usage, session_id=session_id))
         return [records.usage_from_row(row) for row in rows]
 
+    def require_all_events(self) -> None:
+        """Raise StoreUnavailable if events lie aside that their sessions may get back.
+
+        So it is while partitions are dropped, and until it is done again if that was interrupted.
+        Whoever copies a session then would take what is left for all of it.
+        """
+        self._run(self._require_all_events)
+
+    def _require_all_events(self, connection: Any) -> None:
+        if partitions.RETIRED in self._select_beside(connection):
+            raise StoreUnavailable(f"{self._place}: {partitions.HALF_WAY}")
+
     def delete_unchanged(
         self,
         states: Sequence[SessionState],
@@ -1107,7 +1126,7 @@ class BaseStore(ABC):
 
         A tree of which one session has changed, is gone, or has a child besides, is left alone, and
         with `fingerprints` also where these are not the same any more; they are asked for again,
-        `in_slices` or not.
+        `in_slices` or not. As they may be of a part, `require_all_events` comes before.
         """
         planned = trees.linked_groups({state.session_id: state.parent_id for state in states})
         known = {state.session_id: state for state in states}
@@ -1120,6 +1139,7 @@ class BaseStore(ABC):
             found = [*map(records.state_from_row, self._select_states(connection, family))]
             same = {state.session_id for state in found if state == known.get(state.session_id)}
             if fingerprints is not None:
+                self._require_all_events(connection)
                 now = self._fingerprints(connection, ids, in_slices)
                 same = {one for one in same if now.get(one, "") == fingerprints.get(one)}
             # A parent that was not stored, or a child that stays: nobody knew it, or it was in
@@ -1665,8 +1685,8 @@ class BaseStore(ABC):
         """Delete so many events of the sessions; how many there were."""
 
     @abstractmethod
-    def _has_old_table(self, connection: Any) -> bool:
-        """Whether a conversion has left its table aside; raises StoreUnavailable during one."""
+    def _select_beside(self, connection: Any) -> set[str]:
+        """The tables that a conversion or a drop of partitions has beside that of events."""
 
     @abstractmethod
     def _unname_parents(self, connection: Any, ids: list[str], limit: int) -> int:

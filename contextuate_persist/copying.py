@@ -74,9 +74,12 @@ def copy_store(
     """
     if (source.backend, source._place) == (target.backend, target._place):  # noqa: SLF001
         raise ConfigurationError("copy: the source and the target are the same database")
+    for store in (source, target):
+        store.require_all_events()
     copier = _Copier(source, target, progress)
     copier.copy()
     copier.compare()
+    source.require_all_events()  # some may have been taken aside meanwhile
     return copier.report()
 
 

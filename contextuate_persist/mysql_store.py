@@ -2160,12 +2160,9 @@ class MySQLStore(BaseStore):
             return _send(connection, DELETE_PARTITIONED_EVENTS, listed) // 2  # two rows of each
         return _send(connection, DELETE_EVENTS, listed)
 
-    def _has_old_table(self, connection: Any) -> bool:
+    def _select_beside(self, connection: Any) -> set[str]:
         self._sees_partitions(connection)
-        beside = {row[0] for row in _execute(connection, SELECT_BESIDE)}
-        if beside - {"events_unpartitioned"}:
-            raise StoreUnavailable(f"{self._place}: {partitions.HALF_WAY}")
-        return bool(beside)
+        return {row[0] for row in _execute(connection, SELECT_BESIDE)}
 
     def _select_copies(self, connection: Any) -> list[str]:
         return [row[0] for row in _execute(connection, SELECT_COPIES)]

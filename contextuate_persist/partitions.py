@@ -24,6 +24,10 @@ HALF_WAY = (
     "partitions of events are being made or dropped: wait for `contextuate-persist partition`, "
     "prune or maintain, or run it again if it was interrupted"
 )
+#: What a conversion leaves aside, until it is discarded.
+UNPARTITIONED = "events_unpartitioned"
+#: A partition that is being dropped: sessions that stay get their events back from it.
+RETIRED = "events_retired"
 #: How long a partition is; weeks begin on Monday, everything in UTC.
 Unit: TypeAlias = Literal["month", "week", "day"]
 

@@ -827,12 +827,11 @@ DELETE_UNPARTITIONED_EVENTS = DELETE_EVENTS.replace("events", "events_unpartitio
 UNNAME_UNPARTITIONED_PARENTS = UNNAME_PARENTS.replace("events", "events_unpartitioned")
 
 SELECT_BESIDE = """
-SELECT
-    COALESCE(
-        to_regclass('events_partitioned'), to_regclass('events_retired'),
-        to_regclass('events_replaced')
-    ),
-    to_regclass('events_unpartitioned')
+SELECT t.name
+FROM unnest(
+    '{events_partitioned, events_retired, events_replaced, events_unpartitioned}'::text[]
+) AS t (name)
+WHERE to_regclass(t.name) IS NOT NULL
 """
 
 SELECT_COPIES = """
@@ -2490,12 +2489,9 @@ class PostgreSQLStore(BaseStore):
         statement = DELETE_PARTITIONED_EVENTS if self._partitioned else DELETE_EVENTS
         return connection.execute(statement, {"ids": ids}).rowcount
 
-    def _has_old_table(self, connection: psycopg.Connection[Any]) -> bool:
+    def _select_beside(self, connection: psycopg.Connection[Any]) -> set[str]:
         self._partitioned = self._partitioned or _is_partitioned(connection)
-        [(copy, old)] = connection.execute(SELECT_BESIDE).fetchall()
-        if copy is not None:
-            raise StoreUnavailable(f"{self._place}: {partitions.HALF_WAY}")
-        return old is not None
+        return {row[0] for row in connection.execute(SELECT_BESIDE)}
 
     def _select_copies(self, connection: psycopg.Connection[Any]) -> list[str]:
         return [row[0] for row in connection.execute(SELECT_COPIES)]

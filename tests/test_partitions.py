@@ -26,9 +26,11 @@ from contextuate_persist import (
     records,
     schema,
 )
+from contextuate_persist.archive import archive
 from contextuate_persist.backup import backup, restore
 from contextuate_persist.base import BaseStore
 from contextuate_persist.cli import main
+from contextuate_persist.copying import copy_store
 from contextuate_persist.doctor import Level
 from contextuate_persist.errors import ConfigurationError, SchemaError, SessionNotFound
 from contextuate_persist.maintenance import Tasks, maintain
@@ -1097,6 +1099,42 @@ def test_a_drop_that_was_killed_goes_on_when_run_again(
         assert [one.session_id for one in store.get_sessions()] == ["c"]
         assert len(store.get_events("c")) == 5
     assert len(check_whole(partitioned)) == 5
+
+
+def test_nothing_is_archived_copied_or_backed_up_while_events_lie_aside(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: servers.Server
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    other = new_database(server)
+    other.owner().apply_schema()
+    with make_store(partitioned.url) as store, make_store(other.url) as target:
+        store.save_sessions([ended("a", 5), ended("b", 6)])
+        store.save_events([event(name, month(6)) for name in "ab" for _ in range(5)])
+        with monkeypatch.context() as patch:
+            patch.setattr(partitions, "_finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                partitioned.owner().drop_partitions(month(32))
+        states = store.session_states()
+        refused: list[Callable[[], object]] = [
+            lambda: archive(store, tmp_path / "archive", RetentionPolicy()),
+            # What a run that had begun before it would go on with.
+            lambda: store.delete_unchanged(states, store.fingerprints(["a", "b"])),
+            lambda: backup(store, tmp_path / "file.backup"),
+            lambda: copy_store(store, target),
+            lambda: copy_store(target, store),
+        ]
+        for call in refused:
+            with pytest.raises(StoreUnavailable, match="made or dropped"):
+                call()
+        store.update_session("a", is_pinned=True)
+        assert partitioned.owner().drop_partitions(month(32)).sessions == 1
+        assert copy_store(store, target).problem_count == 0
+        assert len(target.get_events("a")) == 5
+        assert target.get_sessions() == store.get_sessions()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix]
+    other.drop()
 
 
 # --- Plans ----------------------------------------------------------------------------------------
