@@ -1245,27 +1245,30 @@ RETIRE_PARTITION = """
 ALTER TABLE events EXCHANGE PARTITION {partition} WITH TABLE events_retired WITHOUT VALIDATION
 """
 
-# To the sessions that are still there, and were not deleted and made anew meanwhile.
+# To the sessions that are still there, and were not deleted and made anew meanwhile. A deletion alone
+# does not say so: a copy brings the source's, and the session may be one that the target keeps.
+IS_GIVEN_BACK = """session_id IN (%(session_ids)s)
+    AND EXISTS (
+        SELECT 1 FROM sessions AS s
+        WHERE s.session_id = events_retired.session_id
+            AND NOT EXISTS (
+                SELECT 1 FROM deleted_sessions AS d
+                WHERE d.session_id = events_retired.session_id
+                    AND d.deleted_at >= events_retired.timestamp
+                    AND s.created_at > events_retired.created_at
+            )
+    )"""
+
 GIVE_BACK = f"""
 INSERT INTO events ({COPIED_COLUMNS})
 SELECT {COPIED_COLUMNS}
 FROM events_retired
-WHERE session_id IN (%(session_ids)s)
-    AND session_id IN (SELECT s.session_id FROM sessions AS s)
-    AND NOT EXISTS (
-        SELECT 1 FROM deleted_sessions AS d
-        WHERE d.session_id = events_retired.session_id AND d.deleted_at >= events_retired.timestamp
-    )
+WHERE {IS_GIVEN_BACK}
 """
 
-DELETE_GIVEN_BACK = """
+DELETE_GIVEN_BACK = f"""
 DELETE FROM events_retired
-WHERE session_id IN (%(session_ids)s)
-    AND session_id IN (SELECT s.session_id FROM sessions AS s)
-    AND NOT EXISTS (
-        SELECT 1 FROM deleted_sessions AS d
-        WHERE d.session_id = events_retired.session_id AND d.deleted_at >= events_retired.timestamp
-    )
+WHERE {IS_GIVEN_BACK}
 """
 
 SELECT_RETIRED = """

@@ -1244,7 +1244,8 @@ FROM pg_constraint AS c
 WHERE c.conrelid = to_regclass(%(table)s) AND c.contype = 'f'
 """
 
-# To the sessions that are still there, and were not deleted and made anew meanwhile.
+# To the sessions that are still there, and were not deleted and made anew meanwhile. A deletion alone
+# does not say so: a copy brings the source's, and the session may be one that the target keeps.
 GIVE_BACK = f"""
 WITH kept AS (
     DELETE FROM events_retired AS r
@@ -1253,7 +1254,9 @@ WITH kept AS (
         AND s.session_id = ANY(%(session_ids)s::text[])
         AND NOT EXISTS (
             SELECT FROM deleted_sessions AS d
-            WHERE d.session_id = r.session_id AND d.deleted_at >= r.timestamp
+            WHERE d.session_id = r.session_id
+                AND d.deleted_at >= r.timestamp
+                AND s.created_at > r.created_at
         )
     RETURNING r.*
 )

@@ -955,7 +955,7 @@ def test_what_a_killed_command_left_of_a_replaced_partition_is_dropped_by_the_ne
     assert len(check_whole(partitioned)) == 2
 
 
-@pytest.mark.parametrize("what", ["pin", "event", "other", "delete"])
+@pytest.mark.parametrize("what", ["pin", "kept", "event", "other", "delete", "anew"])
 def test_a_session_that_changes_while_its_partition_is_dropped_keeps_its_events(
     partitioned: Database, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -965,13 +965,18 @@ def test_a_session_that_changes_while_its_partition_is_dropped_keeps_its_events(
         store.update_session("b", status="active", end_time=None)
         events = [event("b", month(6)) for _ in range(5)]
         store.save_events([*events, *(event("a", month(6)) for _ in range(5))])
-        new = event("b", month(6 if what == "other" else 500))
+        new = event("b", month(6 if what == "other" else 5000 if what == "anew" else 500))
+        if what == "kept":  # of a copy, whose source has deleted it
+            store.add_deletions([("b", month(7))])
 
         def change_first(*arguments: Any) -> int:
-            if what == "pin":
+            if what in ("pin", "kept"):
                 store.update_session("b", is_pinned=True)
             elif what == "delete":
                 store.delete_session("b")
+            elif what == "anew":
+                store.delete_session("b")
+                store.save_event(new)
             else:
                 store.save_event(new)
             return finish(*arguments)
@@ -979,8 +984,10 @@ def test_a_session_that_changes_while_its_partition_is_dropped_keeps_its_events(
         monkeypatch.setattr(partitions, "_finish", change_first)
         dropped = partitioned.owner().drop_partitions(month(32))
         assert len(dropped.partitions) == 1
-        if what == "pin":
+        if what in ("pin", "kept"):
             assert store.get_events("b") == events
+        elif what == "anew":
+            assert store.get_events("b") == [new]
         elif what == "event":
             assert store.get_events("b") == [*events, new]
         else:
