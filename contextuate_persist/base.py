@@ -840,8 +840,9 @@ class BaseStore(ABC):
         Two hundred sessions of 27,000 events each are more than MySQL deletes within its limit.
         """
         if self._has_many_events(connection, ids, DELETE_ROWS):
-            while self._delete_some_events(connection, ids, DELETE_ROWS) == DELETE_ROWS:
-                pass
+            for delete_some in (self._delete_some_events, self._delete_some_old_events):
+                while delete_some(connection, ids, DELETE_ROWS) == DELETE_ROWS:
+                    pass
 
     def prune_old_sessions(self, older_than: int) -> int:
         model.check_timestamp("older_than", older_than)
@@ -944,11 +945,14 @@ class BaseStore(ABC):
             self._delete_kin(connection, ids)
             return left
 
+        delete_old = partial(self._delete_some_old_events, ids=ids, limit=_DELETE_EVENTS)
         # One session may have a million events, too many for one transaction.
         deleted = _DELETE_EVENTS
         while deleted == _DELETE_EVENTS:
             deleted = self._run(begin, transaction=True)
             counts["events"] += deleted
+        while self._run(delete_old, transaction=True) == _DELETE_EVENTS:
+            pass
         unname = partial(self._unname_parents, ids=ids, limit=_DELETE_EVENTS)
         while self._run(unname) == _DELETE_EVENTS:
             pass
@@ -1683,6 +1687,10 @@ class BaseStore(ABC):
     @abstractmethod
     def _delete_some_events(self, connection: Any, ids: list[str], limit: int) -> int:
         """Delete so many events of the sessions; how many there were."""
+
+    @abstractmethod
+    def _delete_some_old_events(self, connection: Any, ids: list[str], limit: int) -> int:
+        """The same in the table that a conversion has left aside; 0 if there is none."""
 
     @abstractmethod
     def _select_beside(self, connection: Any) -> set[str]:

@@ -857,6 +857,7 @@ LIMIT %(limit)s
 """
 
 DELETE_UNPARTITIONED_EVENTS = DELETE_EVENTS.replace("events", "events_unpartitioned")
+DELETE_SOME_UNPARTITIONED_EVENTS = DELETE_SOME_EVENTS.replace("events", "events_unpartitioned")
 UNNAME_UNPARTITIONED_PARENTS = UNNAME_PARENTS.replace("events", "events_unpartitioned")
 
 SELECT_BESIDE = """
@@ -1245,8 +1246,8 @@ RETIRE_PARTITION = """
 ALTER TABLE events EXCHANGE PARTITION {partition} WITH TABLE events_retired WITHOUT VALIDATION
 """
 
-# To the sessions that are still there, and were not deleted and made anew meanwhile. A deletion alone
-# does not say so: a copy brings the source's, and the session may be one that the target keeps.
+# To the sessions that are still there, and were not deleted and made anew meanwhile. A deletion
+# alone does not say so: a copy brings the source's, also of a session that the target keeps.
 IS_GIVEN_BACK = """session_id IN (%(session_ids)s)
     AND EXISTS (
         SELECT 1 FROM sessions AS s
@@ -2117,6 +2118,12 @@ class MySQLStore(BaseStore):
         some = [uuid.UUID(row[0]).bytes for row in _execute(connection, SELECT_SOME_IDS, asked)]
         # Two rows of each.
         return _send(connection, DELETE_PARTITIONED_EVENTS, {"ids": some}) // 2 if some else 0
+
+    def _delete_some_old_events(self, connection: Any, ids: list[str], limit: int) -> int:
+        if partitions.UNPARTITIONED not in self._select_beside(connection):
+            return 0
+        statement = DELETE_SOME_UNPARTITIONED_EVENTS.format(limit=limit)
+        return _send(connection, statement, {"session_ids": ids})
 
     def _unname_parents(self, connection: Any, ids: list[str], limit: int) -> int:
         named = {"session_ids": ids}

@@ -824,6 +824,7 @@ WHERE i.id = ANY(ARRAY(
 """
 
 DELETE_UNPARTITIONED_EVENTS = DELETE_EVENTS.replace("events", "events_unpartitioned")
+DELETE_SOME_UNPARTITIONED_EVENTS = DELETE_SOME_EVENTS.replace("events", "events_unpartitioned")
 UNNAME_UNPARTITIONED_PARENTS = UNNAME_PARENTS.replace("events", "events_unpartitioned")
 
 SELECT_BESIDE = """
@@ -1244,8 +1245,8 @@ FROM pg_constraint AS c
 WHERE c.conrelid = to_regclass(%(table)s) AND c.contype = 'f'
 """
 
-# To the sessions that are still there, and were not deleted and made anew meanwhile. A deletion alone
-# does not say so: a copy brings the source's, and the session may be one that the target keeps.
+# To the sessions that are still there, and were not deleted and made anew meanwhile. A deletion
+# alone does not say so: a copy brings the source's, also of a session that the target keeps.
 GIVE_BACK = f"""
 WITH kept AS (
     DELETE FROM events_retired AS r
@@ -2451,6 +2452,14 @@ class PostgreSQLStore(BaseStore):
         self._partitioned = self._partitioned or _is_partitioned(connection)
         statement = DELETE_SOME_PARTITIONED_EVENTS if self._partitioned else DELETE_SOME_EVENTS
         return connection.execute(statement, {"session_ids": ids, "limit": limit}).rowcount
+
+    def _delete_some_old_events(
+        self, connection: psycopg.Connection[Any], ids: list[str], limit: int
+    ) -> int:
+        if partitions.UNPARTITIONED not in self._select_beside(connection):
+            return 0
+        parameters = {"session_ids": ids, "limit": limit}
+        return connection.execute(DELETE_SOME_UNPARTITIONED_EVENTS, parameters).rowcount
 
     def _unname_parents(
         self, connection: psycopg.Connection[Any], ids: list[str], limit: int

@@ -1108,6 +1108,40 @@ def test_a_drop_that_was_killed_goes_on_when_run_again(
     assert len(check_whole(partitioned)) == 5
 
 
+@pytest.mark.parametrize("call", ["prune_old_sessions", "forget"])
+def test_many_events_go_in_slices_from_the_old_table_too(
+    plain: Database, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("contextuate_persist.base.DELETE_ROWS", 10)
+    monkeypatch.setattr("contextuate_persist.base._DELETE_EVENTS", 10)
+    with make_store(plain.url) as store:
+        store.save_session(ended("s", 5))
+        store.save_events([event("s", T0 + n) for n in range(25)])
+        plain.owner().partition_events("month", ahead=1)
+        slices: dict[str, list[int]] = {}
+
+        def sliced(name: str) -> Callable[..., int]:
+            delete = getattr(store, name)
+
+            def call(*args: Any, **rest: Any) -> int:
+                slices.setdefault(name, []).append(delete(*args, **rest))
+                return slices[name][-1]
+
+            return call
+
+        for name in ("_delete_some_events", "_delete_some_old_events"):
+            monkeypatch.setattr(store, name, sliced(name))
+        if call == "forget":
+            assert store.forget(session_id="s").events == 25
+        else:
+            assert store.prune_old_sessions(month(20)) == 1
+    assert slices == {
+        "_delete_some_events": [10, 10, 5],
+        "_delete_some_old_events": [10, 10, 5],
+    }
+    assert plain.execute("SELECT COUNT(*) FROM events_unpartitioned") == [(0,)]
+
+
 def test_nothing_is_archived_copied_or_backed_up_while_events_lie_aside(
     partitioned: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: servers.Server
 ) -> None:
