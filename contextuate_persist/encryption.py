@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from contextuate_persist.errors import ConfigurationError, DamagedFile
+from contextuate_persist.spool import sync_directory
 
 _PUBLIC = "age1"
 _SECRET = "AGE-SECRET-KEY-1"  # noqa: S105  (how every secret key begins)
@@ -109,6 +110,7 @@ def new_identity(path: str | os.PathLike[str]) -> str:
         file.write(f"# public key: {public}\n{key}\n")
         file.flush()
         os.fsync(descriptor)
+    sync_directory(Path(path).absolute().parent)  # what it will encrypt nobody else opens
     return public
 
 

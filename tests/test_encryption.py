@@ -43,6 +43,15 @@ def opened(data: bytes, key: Path) -> bytes:
         return stream.read()
 
 
+def test_a_new_key_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(encryption, "sync_directory", flushed.append)
+    monkeypatch.chdir(tmp_path)
+    encryption.new_identity("key")
+    encryption.new_identity(tmp_path / "other")
+    assert flushed == [tmp_path, tmp_path]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_stream_comes_back_equal(size: int, key: Path, public: str) -> None:
     data = os.urandom(size)
