@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,9 +149,12 @@ def _backup(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
     if path is None:
         advice = "make one: `contextuate-persist backup`"
         return iter([Finding("backup", Level.PROBLEM, f"{tasks.backups} has none", advice)])
+    made = path.stat().st_mtime
     if not (locked := _is_locked(path, tasks)):
-        verify_backup(path, identity=tasks.identity)
-    age = (time.time() - path.stat().st_mtime) / 86_400
+        found = verify_backup(path, identity=tasks.identity)
+        # The file may be a later copy of itself.
+        made = min(made, datetime.fromisoformat(found.made).timestamp())
+    age = (time.time() - made) / 86_400
     message = f"{path.name} is {'encrypted' if locked else 'whole'}, and {age:.1f} days old"
     if age > BACKUP_DAYS:
         return _warn("backup", message, "see why there is no newer one")

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,24 @@ def test_the_newest_backup_is_verified_and_restored(
     made.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
     (found,) = by_check(maintain(store, "daily", empty))["backup"]
     assert found.level is Level.PROBLEM
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_backup_is_as_old_as_it_says_and_not_as_the_copy_of_its_file(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LastMonth(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> LastMonth:
+            return super().now(tz) - timedelta(days=30)
+
+    monkeypatch.setattr(backup, "datetime", LastMonth)
+    made = Path(backup.backup(store, tmp_path).path)
+    (found,) = by_check(maintain(store, "daily", Tasks(backups=tmp_path)))["backup"]
+    assert (found.level, found.message) == (
+        Level.WARNING,
+        f"{made.name} is whole, and 30.0 days old",
+    )
 
 
 @pytest.mark.usefixtures("tools")
