@@ -840,7 +840,7 @@ class BaseStore(ABC):
         Two hundred sessions of 27,000 events each are more than MySQL deletes within its limit.
         """
         if self._has_many_events(connection, ids, DELETE_ROWS):
-            for delete_some in (self._delete_some_events, self._delete_some_old_events):
+            for delete_some in (self._delete_some_events, self._delete_some_copies):
                 while delete_some(connection, ids, DELETE_ROWS) == DELETE_ROWS:
                     pass
 
@@ -945,13 +945,13 @@ class BaseStore(ABC):
             self._delete_kin(connection, ids)
             return left
 
-        delete_old = partial(self._delete_some_old_events, ids=ids, limit=_DELETE_EVENTS)
+        delete_copies = partial(self._delete_some_copies, ids=ids, limit=_DELETE_EVENTS)
         # One session may have a million events, too many for one transaction.
         deleted = _DELETE_EVENTS
         while deleted == _DELETE_EVENTS:
             deleted = self._run(begin, transaction=True)
             counts["events"] += deleted
-        while self._run(delete_old, transaction=True) == _DELETE_EVENTS:
+        while self._run(delete_copies, transaction=True) == _DELETE_EVENTS:
             pass
         unname = partial(self._unname_parents, ids=ids, limit=_DELETE_EVENTS)
         while self._run(unname) == _DELETE_EVENTS:
@@ -1689,8 +1689,8 @@ class BaseStore(ABC):
         """Delete so many events of the sessions; how many there were."""
 
     @abstractmethod
-    def _delete_some_old_events(self, connection: Any, ids: list[str], limit: int) -> int:
-        """The same in the table that a conversion has left aside; 0 if there is none."""
+    def _delete_some_copies(self, connection: Any, ids: list[str], limit: int) -> int:
+        """The same of what a conversion has beside, if its foreign key deletes there; or 0."""
 
     @abstractmethod
     def _select_beside(self, connection: Any) -> set[str]:

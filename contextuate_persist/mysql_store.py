@@ -1131,6 +1131,9 @@ ON DUPLICATE KEY UPDATE session_id = copied_sessions.session_id
 
 SELECT_COPIED = "SELECT COALESCE(MAX(i.seq), 0) FROM event_ids_new AS i"
 
+# A seq that was given out comes never again, not even that of a deleted event.
+GO_ON_COUNTING = "ALTER TABLE event_ids_new AUTO_INCREMENT = {next_seq}"
+
 SELECT_LAST_SEQ = "SELECT COALESCE(MAX(e.seq), 0) FROM events AS e"
 
 SELECT_CHUNK = """
@@ -2119,7 +2122,8 @@ class MySQLStore(BaseStore):
         # Two rows of each.
         return _send(connection, DELETE_PARTITIONED_EVENTS, {"ids": some}) // 2 if some else 0
 
-    def _delete_some_old_events(self, connection: Any, ids: list[str], limit: int) -> int:
+    def _delete_some_copies(self, connection: Any, ids: list[str], limit: int) -> int:
+        # Not of what is copied to: partitions have no foreign key.
         if partitions.UNPARTITIONED not in self._select_beside(connection):
             return 0
         statement = DELETE_SOME_UNPARTITIONED_EVENTS.format(limit=limit)
@@ -2409,8 +2413,7 @@ class MySQLSnapshot:
         row = _execute(self._connection, query)[0]
         partitioned = "event_ids" in there
         sequence = "event_ids" if partitioned else "events"
-        text = _unprepared(self._connection, SHOW_TABLE.format(table=sequence))[0][1]
-        next_seq = re.search(r"AUTO_INCREMENT=(\d+)", text)
+        next_seq = _next_seq(self._connection, sequence)
         ids: tuple[Any, ...] = (0, 0)
         if partitioned:
             query = SELECT_IDS.format(hash=HASH.format(columns="HEX(i.id), i.seq, i.timestamp"))
@@ -2424,7 +2427,7 @@ class MySQLSnapshot:
             tables=tuple(name for name in OUR_TABLES if name in there),
             views=(),
             sequence=sequence,
-            next_seq=int(next_seq[1]) if next_seq else 1,
+            next_seq=next_seq,
             sessions=row[2],
             events=row[3],
             messages=row[4],
@@ -2593,6 +2596,8 @@ class MySQLPartitions:
                 if gone:
                     self._purge(gone)
                 self._connection.cmd_query(b"COMMIT")
+                go_on = GO_ON_COUNTING.format(next_seq=_next_seq(self._connection, "events"))
+                self._connection.cmd_query(go_on.encode())
                 self._connection.cmd_query(SWAP_TABLES)
                 self._connection.cmd_query(RECORD_LAYOUT)
                 self._connection.cmd_query(b"COMMIT")
@@ -3211,6 +3216,13 @@ def _read_version(connection: Any) -> schema.SchemaVersion | None:
             raise SchemaError(reason) from None
         raise
     return schema.SchemaVersion(*rows[0]) if rows else None
+
+
+def _next_seq(connection: Any, table: str) -> int:
+    """The seq that the next row of a table gets."""
+    text = _unprepared(connection, SHOW_TABLE.format(table=table))[0][1]
+    found = re.search(r"AUTO_INCREMENT=(\d+)", text)
+    return int(found[1]) if found else 1
 
 
 def _is_partitioned(connection: Any) -> bool:

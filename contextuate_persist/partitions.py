@@ -24,6 +24,8 @@ HALF_WAY = (
     "partitions of events are being made or dropped: wait for `contextuate-persist partition`, "
     "prune or maintain, or run it again if it was interrupted"
 )
+#: What a conversion copies the events to, until it takes their place.
+COPIES = "events_partitioned"
 #: What a conversion leaves aside, until it is discarded.
 UNPARTITIONED = "events_unpartitioned"
 #: A partition that is being dropped: sessions that stay get their events back from it.

@@ -825,6 +825,9 @@ WHERE i.id = ANY(ARRAY(
 
 DELETE_UNPARTITIONED_EVENTS = DELETE_EVENTS.replace("events", "events_unpartitioned")
 DELETE_SOME_UNPARTITIONED_EVENTS = DELETE_SOME_EVENTS.replace("events", "events_unpartitioned")
+DELETE_SOME_PARTITIONED_COPIES = DELETE_SOME_PARTITIONED_EVENTS.replace(
+    "events", "events_partitioned"
+)
 UNNAME_UNPARTITIONED_PARENTS = UNNAME_PARENTS.replace("events", "events_unpartitioned")
 
 SELECT_BESIDE = """
@@ -969,8 +972,11 @@ WHERE table_schema = current_schema()
 """
 
 RECORD_VERSION = """
-INSERT INTO schema_version (version, name, checksum)
-VALUES (%(version)s, %(name)s, %(checksum)s)
+INSERT INTO schema_version (version, name, checksum, layout)
+VALUES (
+    %(version)s, %(name)s, %(checksum)s,
+    COALESCE((SELECT v.layout FROM schema_version AS v ORDER BY v.version DESC LIMIT 1), 'plain')
+)
 ON CONFLICT (version) DO UPDATE SET name = EXCLUDED.name, checksum = EXCLUDED.checksum
 """
 
@@ -2130,7 +2136,7 @@ class PostgreSQLStore(BaseStore):
         if not new:
             return 0
         with connection.cursor() as cursor:
-            if len(new) >= COPY_ROWS:
+            if len(new) >= COPY_ROWS and self._copies:
                 self._copy(cursor, new, seqs)
             else:
                 parameters = [
@@ -2453,13 +2459,16 @@ class PostgreSQLStore(BaseStore):
         statement = DELETE_SOME_PARTITIONED_EVENTS if self._partitioned else DELETE_SOME_EVENTS
         return connection.execute(statement, {"session_ids": ids, "limit": limit}).rowcount
 
-    def _delete_some_old_events(
+    def _delete_some_copies(
         self, connection: psycopg.Connection[Any], ids: list[str], limit: int
     ) -> int:
-        if partitions.UNPARTITIONED not in self._select_beside(connection):
-            return 0
+        beside = self._select_beside(connection)
         parameters = {"session_ids": ids, "limit": limit}
-        return connection.execute(DELETE_SOME_UNPARTITIONED_EVENTS, parameters).rowcount
+        if partitions.UNPARTITIONED in beside:
+            return connection.execute(DELETE_SOME_UNPARTITIONED_EVENTS, parameters).rowcount
+        if partitions.COPIES in beside:
+            return connection.execute(DELETE_SOME_PARTITIONED_COPIES, parameters).rowcount
+        return 0
 
     def _unname_parents(
         self, connection: psycopg.Connection[Any], ids: list[str], limit: int

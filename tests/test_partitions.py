@@ -1129,7 +1129,7 @@ def test_many_events_go_in_slices_from_the_old_table_too(
 
             return call
 
-        for name in ("_delete_some_events", "_delete_some_old_events"):
+        for name in ("_delete_some_events", "_delete_some_copies"):
             monkeypatch.setattr(store, name, sliced(name))
         if call == "forget":
             assert store.forget(session_id="s").events == 25
@@ -1137,9 +1137,63 @@ def test_many_events_go_in_slices_from_the_old_table_too(
             assert store.prune_old_sessions(month(20)) == 1
     assert slices == {
         "_delete_some_events": [10, 10, 5],
-        "_delete_some_old_events": [10, 10, 5],
+        "_delete_some_copies": [10, 10, 5],
     }
     assert plain.execute("SELECT COUNT(*) FROM events_unpartitioned") == [(0,)]
+
+
+def test_many_events_go_in_slices_from_what_a_conversion_has_copied(
+    plain: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PostgreSQL's foreign key they would go in the statement that deletes the session."""
+    monkeypatch.setattr("contextuate_persist.base.DELETE_ROWS", 10)
+    copy = partitions._copy
+
+    def copy_and_stop(*args: Any, **rest: Any) -> Any:
+        copy(*args, **rest)
+        raise KeyboardInterrupt
+
+    with make_store(plain.url) as store:
+        store.save_session(ended("s", 5))
+        events = [event("s", T0 + n) for n in range(25)]
+        store.save_events([*events, event("t", T0)])
+        with monkeypatch.context() as patch:
+            patch.setattr(partitions, "_copy", copy_and_stop)
+            with pytest.raises(KeyboardInterrupt):
+                plain.owner().partition_events("month", ahead=1)
+        delete, slices = store._delete_some_copies, []
+
+        def sliced(*args: Any) -> int:
+            slices.append(delete(*args))
+            return slices[-1]
+
+        monkeypatch.setattr(store, "_delete_some_copies", sliced)
+        store.delete_session("s")
+        plain.owner().partition_events("month", ahead=1)
+        assert store.save_events(events) == 0
+        assert len(store.get_events("t")) == 1
+    assert slices == ([10, 10, 5] if plain.backend == "postgresql" else [0])
+    check_whole(plain)
+
+
+def test_a_later_migration_leaves_the_layout_as_it_is(converted: Database) -> None:
+    with converted.owner()._schema_session(60) as session:
+        session.record(schema.SCHEMA_VERSION + 1, "more", None)
+        found = session.read_version()
+        assert found is not None
+        assert (found.version, found.layout) == (schema.SCHEMA_VERSION + 1, "partitioned")
+
+
+def test_no_seq_is_given_out_again_after_a_conversion(plain: Database) -> None:
+    with make_store(plain.url) as store:
+        store.save_event(event("kept"))
+        store.save_events([event("deleted", T0 + n) for n in range(5)])
+        last = store.get_events("deleted")[-1].cursor
+        store.delete_session("deleted")
+        plain.owner().partition_events("month", ahead=1)
+        new = event("kept", last.timestamp)
+        store.save_event(new)
+        assert store.find_events(after=last, newest_first=False) == [new]
 
 
 def test_nothing_is_archived_copied_or_backed_up_while_events_lie_aside(

@@ -21,6 +21,8 @@ from tests.test_faults import ENOUGH, log_on_small_disk
 
 __all__ = ["log_on_small_disk"]
 
+BOTH_LAYOUTS = "policy"
+
 
 @pytest.fixture(autouse=True)
 def _quiet_pool(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,6 +115,13 @@ def test_rows_that_a_policy_refuses_are_set_aside_and_their_neighbours_stored(
     for letter in DeadLetters(directory / "dead"):
         assert replay(letter, store)
     assert sum(store.event_counts().values()) == 60
+
+
+def test_a_batch_is_stored_in_spite_of_a_policy(store: BaseStore, database: Database) -> None:
+    events = [event("s", T0 + n, machine_id="ours") for n in range(20)]
+    with only_machine(database, "ours"):
+        assert store.save_events(events) == 20
+        assert store.save_events([*events, event("s", machine_id="ours")]) == 1
 
 
 def test_the_first_event_of_all_is_found_too_once_others_come(
