@@ -91,16 +91,22 @@ def ready(arrival: Arrival | Item) -> Item:
     if not isinstance(taken, Taken):
         return Item(number, accepted, taken, size)
     event, text, *tool_keys = taken
-    value: Value
     try:
         checked = _checked(event)
         encoded = payload.encode_snapshot(text, event.working_directory)
         value = records.encoded_row(checked, encoded, *tool_keys)
-        size = value.size
     except InvalidRecord as error:
-        value = refused_input(replace(event, data=orjson.loads(text)), str(error))
-        size = 3 * len(text)
-    return Item(number, accepted, value, size + ITEM_BYTES)
+        return refused_arrival(arrival, str(error))
+    return Item(number, accepted, value, value.size + ITEM_BYTES)
+
+
+def refused_arrival(arrival: Arrival | Item, reason: str) -> Item:
+    """The item as it is set aside, with all that was put."""
+    number, accepted, taken, size, *_ = arrival
+    if not isinstance(taken, Taken):
+        return Item(number, accepted, refused(taken, reason), size)
+    value = refused_input(replace(taken.event, data=orjson.loads(taken.text)), reason)
+    return Item(number, accepted, value, 3 * len(taken.text) + ITEM_BYTES)
 
 
 def _checked(event: MonitorEvent) -> CheckedEvent:

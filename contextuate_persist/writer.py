@@ -478,10 +478,22 @@ def _copied(value: SessionMeta | Update | Refused) -> Prepared:
 def _ready(arrival: Arrival | Item) -> Item:
     try:
         return queued.ready(arrival)
+    except MemoryError:  # it passes, and the arrivals are still in the queue
+        raise
     except Exception as error:  # a defect of ours: one item is not to hold up all others
         log.exception("an item that cannot be encoded")
-        refusal = queued.plain_refusal(arrival[0], f"{type(error).__name__}: {error}")
-        return Item(arrival[0], arrival[1], refusal, arrival[3])
+        return _refused(arrival, f"{type(error).__name__}: {error}")
+
+
+def _refused(arrival: Arrival | Item, reason: str) -> Item:
+    try:
+        return queued.refused_arrival(arrival, reason)
+    except MemoryError:
+        raise
+    except Exception:
+        log.exception("an item that cannot be told")
+        refusal = queued.plain_refusal(arrival.number, reason)
+        return Item(arrival.number, arrival.accepted, refusal, arrival.size)
 
 
 def _record(item: Item) -> Record:

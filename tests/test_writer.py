@@ -36,6 +36,7 @@ from contextuate_persist import (
     StoreUnavailable,
     TokenUsage,
     WriterHealth,
+    payload,
     queued,
     sender,
 )
@@ -646,6 +647,47 @@ def test_a_defect_that_one_item_brings_to_light_costs_that_item_only(
     assert writer.flush(30) == 0
     assert receipts[13].refusal == "ZeroDivisionError: a defect"
     assert (writer.health().stored, writer.health().set_aside) == (39, 1)
+
+
+def test_memory_that_is_short_for_a_moment_costs_no_event(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, failures = payload.encode_snapshot, iter(range(2))
+
+    def encode_snapshot(text: bytes, working_directory: str) -> payload.Encoded:
+        if next(failures, None) is not None:
+            raise MemoryError
+        return original(text, working_directory)
+
+    monkeypatch.setattr(payload, "encode_snapshot", encode_snapshot)
+    events = [event("s", T0 + i) for i in range(5)]
+    receipts = [writer.put(one) for one in events]
+    assert writer.flush(30) == 0
+    assert {receipt.refusal for receipt in receipts} == {None}
+    assert store.get_events("s") == events
+    assert next(failures, None) is None
+
+
+def test_an_event_that_a_defect_keeps_from_being_encoded_is_whole_in_its_letter(
+    writer: EventWriter, store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = payload.encode_snapshot
+
+    def encode_snapshot(text: bytes, working_directory: str) -> payload.Encoded:
+        if b"odd" in text:
+            raise ZeroDivisionError("a defect")
+        return original(text, working_directory)
+
+    monkeypatch.setattr(payload, "encode_snapshot", encode_snapshot)
+    odd, good = event("s", T0, data={"odd": [1.5, "\0", None]}), event("s", T0 + 1)
+    receipts = [writer.put(one) for one in (odd, good)]
+    assert writer.flush(30) == 0
+    assert [one.refusal for one in receipts] == ["ZeroDivisionError: a defect", None]
+    monkeypatch.undo()
+    [letter] = DeadLetters(directory / "dead")
+    assert (letter.content.kind, letter.content.exact) == ("event", True)
+    assert replay(letter, store)
+    assert store.get_events("s") == [odd, good]
 
 
 def test_letters_that_a_full_disk_does_not_take_hold_nobody_up(
