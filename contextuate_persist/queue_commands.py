@@ -11,7 +11,13 @@ from contextuate_persist import display
 from contextuate_persist.base import BaseStore
 from contextuate_persist.console import show, show_json, tell, terminal_width
 from contextuate_persist.dead_letters import DeadLetter, DeadLetters, replay
-from contextuate_persist.errors import ConfigurationError, InvalidRecord, SpoolError
+from contextuate_persist.errors import (
+    ConfigurationError,
+    InvalidRecord,
+    SpoolError,
+    StoreRefused,
+    StoreUnavailable,
+)
 from contextuate_persist.spool import Spool, spool_state
 from contextuate_persist.writer import EventWriter, default_spool
 
@@ -120,9 +126,11 @@ def _replay_letters(
         for letter_id in ids:
             try:
                 new = replay(letters.read(letter_id), store)
-            except (InvalidRecord, SpoolError, LookupError) as error:
+            except (InvalidRecord, SpoolError, LookupError, StoreRefused, StoreUnavailable) as why:
+                if isinstance(why, StoreRefused | StoreUnavailable) and not why.perhaps_one:
+                    raise  # the next one would fare no better
                 still.append(letter_id)
-                tell(f"{letter_id}: {error}")
+                tell(f"{letter_id}: {why}")
             else:
                 letters.remove(letter_id)
                 stored, known = stored + new, known + (not new)

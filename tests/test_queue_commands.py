@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from contextuate_persist import EventWriter
+from contextuate_persist import EventWriter, MonitorEvent, StoreUnavailable, queued
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.dead_letters import DeadLetters
@@ -15,6 +15,7 @@ from contextuate_persist.writer import ENVIRONMENT_SPOOL
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
 from tests.test_cli import HOSTILE, Run, run
+from tests.test_poison import only_machine
 
 __all__ = ["run"]
 
@@ -158,6 +159,55 @@ def test_dead_letters_are_listed_shown_and_stored_once_the_reason_is_gone(
     status, out, _ = run("dead", "discard", kept, "--json")
     assert (status, json.loads(out)) == (0, {"discarded": 1, "missing": 0})
     assert letters.ids() == []
+
+
+def two_letters(directory: Path) -> tuple[MonitorEvent, MonitorEvent]:
+    """Leave one of another machine, and a later one."""
+    theirs, ours = event("s", machine_id="theirs"), event("s", T0 + 1, machine_id="ours")
+    letters = DeadLetters(directory / "dead")
+    for one in (theirs, ours):
+        letters.add(queued.refused_input(one, "then"), one.timestamp)
+    return theirs, ours
+
+
+def test_a_letter_that_a_policy_still_refuses_holds_no_other_up(
+    run: Run, directory: Path, store: BaseStore, database: Database
+) -> None:
+    theirs, ours = two_letters(directory)
+    with only_machine(database, "ours"):
+        status, out, err = run("dead", "replay")
+    assert (status, out) == (1, "1 stored, 0 there already, 1 still refused\n")
+    assert err.count("\n") == 1
+    assert store.get_events("s") == [ours]
+    assert run("dead", "replay")[1] == "1 stored, 0 there already, 0 still refused\n"
+    assert store.get_events("s") == [theirs, ours]
+
+
+@pytest.mark.parametrize(("perhaps_one", "stored"), [(True, 1), (False, 0)])
+def test_a_letter_that_always_takes_too_long_holds_no_other_up_but_a_server_that_is_away_does(
+    run: Run,
+    directory: Path,
+    store: BaseStore,
+    monkeypatch: pytest.MonkeyPatch,
+    perhaps_one: bool,
+    stored: int,
+) -> None:
+    original = BaseStore.save_event
+
+    def save_event(self: BaseStore, one: MonitorEvent) -> bool:
+        if one.machine_id == "theirs":
+            error = StoreUnavailable("no answer in time")
+            error.perhaps_one = perhaps_one
+            raise error
+        return original(self, one)
+
+    two_letters(directory)
+    monkeypatch.setattr(BaseStore, "save_event", save_event)
+    status, _, err = run("dead", "replay")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "no answer in time" in err
+    assert len(store.get_events("s")) == stored
+    assert len(DeadLetters(directory / "dead").ids()) == 2 - stored
 
 
 def test_a_letter_that_is_not_there_or_not_readable_is_named(
