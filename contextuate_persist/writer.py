@@ -128,7 +128,7 @@ class EventWriter:
         self._store = store
         self._redact, self._policy, self._metrics = redact, policy, metrics
         self._spool = Spool(self._settings.directory, self._settings.segment_bytes)
-        self._dead_letters = DeadLetters(self._settings.directory / "dead")
+        self._dead_letters = DeadLetters(self._spool.directory / "dead")
         self._outbox: Outbox | None = None
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()

@@ -393,6 +393,20 @@ def test_the_default_spool_is_named_by_the_environment_or_in_the_home_directory(
     assert str(tmp_path / ".contextuate/monitor/spool") in repr(EventWriter(store))
 
 
+def test_a_relative_spool_stays_where_it_was_when_the_process_goes_elsewhere(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    with EventWriter(store, spool_directory="spool") as writer:
+        monkeypatch.chdir(elsewhere)
+        assert writer.put(event(data={"x": float("nan")})).wait_stored(30)
+        assert writer.health().dead_letters == 1
+    assert len(DeadLetters(tmp_path / "spool" / "dead").ids()) == 1
+    assert not list(elsewhere.iterdir())
+
+
 def test_a_spool_that_cannot_be_read_for_a_moment_loses_nothing(
     store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
