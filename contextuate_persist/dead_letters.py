@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -44,19 +44,23 @@ class DeadLetters:
                 path.unlink(missing_ok=True)
         self.aside.look()
 
-    def add(self, content: Refused, accepted: int) -> str:
-        """Keep a letter, safe on disk; returns its id. Raises OSError."""
+    def add(self, content: Refused, accepted: int, number: int = 0) -> str:
+        """Keep a letter, safe on disk; returns its id. Raises OSError.
+
+        The same content with the same number in the queue is the same letter: it may come again
+        after a restart, or where the disk has failed.
+        """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        letter_id = f"{accepted}-{secrets.token_hex(6)}"
-        self._write(letter_id, accepted, content, new=True)
+        text = _told(content, accepted)
+        letter_id = f"{accepted}-{hashlib.sha256(b'%d %b' % (number, text)).hexdigest()[:12]}"
+        self._write(letter_id, text)
         return letter_id
 
     def replace(self, letter: DeadLetter) -> None:
         """Keep another content under the letter's id, safe on disk. Raises OSError."""
-        self._write(*letter, new=False)
+        self._write(letter.id, _told(letter.content, letter.accepted))
 
-    def _write(self, letter_id: str, accepted: int, content: Refused, *, new: bool) -> None:
-        text = payload.exact_json({"accepted": accepted, **content._asdict()})
+    def _write(self, letter_id: str, text: bytes) -> None:
         path = self.directory / f"{letter_id}.json"
         temporary = path.with_suffix(".tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -70,8 +74,9 @@ class DeadLetters:
             raise
         finally:
             os.close(descriptor)
+        is_new = not path.exists()
         temporary.rename(path)
-        if new:
+        if is_new:
             self.aside.added(len(text))
         sync_directory(self.directory)
 
@@ -107,6 +112,10 @@ class DeadLetters:
         if not _NAME.fullmatch(f"{letter_id}.json"):
             raise SpoolError(f"{self.directory}: no dead letter {letter_id!a}")
         return self.directory / f"{letter_id}.json"
+
+
+def _told(content: Refused, accepted: int) -> bytes:
+    return payload.exact_json({"accepted": accepted, **content._asdict()})
 
 
 def replay(letter: DeadLetter, store: BaseStore) -> bool:

@@ -105,7 +105,7 @@ class Sender:
     def _write_letter(self, letter: Item) -> bool:
         assert isinstance(letter.value, Refused)  # noqa: S101  (that is what letters are)
         try:
-            self._dead_letters.add(letter.value, letter.accepted)
+            self._dead_letters.add(letter.value, letter.accepted, letter.number)
         except OSError as error:
             self.last_error = f"{self._dead_letters.directory}: {error.strerror or error}"
             log.warning("dead letter %s", self.last_error)

@@ -36,9 +36,11 @@ from contextuate_persist import (
     StoreUnavailable,
     TokenUsage,
     WriterHealth,
+    dead_letters,
     payload,
     queued,
     sender,
+    spool,
 )
 from contextuate_persist.base import BaseStore
 from contextuate_persist.dead_letters import DeadLetters, replay
@@ -760,12 +762,12 @@ def test_a_letter_that_is_being_written_while_the_writer_closes_is_written_once(
     original, entered, held = writer._dead_letters.add, threading.Event(), threading.Event()
     tries = itertools.count()
 
-    def add(content: Refused, accepted: int) -> str:
+    def add(content: Refused, accepted: int, number: int) -> str:
         if not next(tries):
             raise OSError(28, "No space left on device")
         entered.set()
         held.wait(30)
-        return original(content, accepted)
+        return original(content, accepted, number)
 
     monkeypatch.setattr(writer._dead_letters, "add", add)
     writer.put(event(data={"x": float("inf")}))
@@ -838,6 +840,54 @@ def test_a_letter_that_is_written_nowhere_else_comes_again_from_the_spool(
         assert writer.flush(30) == 0
         health = writer.health()
         assert (health.set_aside, health.duplicate, health.dead_letters) == (1, 1, 1)
+
+
+def test_a_letter_that_comes_again_after_a_restart_is_the_same_letter(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> Any:
+        raise StoreUnavailable("read-only")
+
+    monkeypatch.setattr(store, "save_rows", fail)
+    poison, good = event("s", data={"x": float("nan")}), event("s", T0 + 1)
+    letters = DeadLetters(directory / "dead")
+    for restart in range(4):
+        with EventWriter(store, spool_directory=directory) as writer:
+            for one in () if restart else (poison, good):
+                writer.put(one)
+            assert writer.flush(0.5) == 2
+            assert writer.health().retries > 0
+            assert writer.health().dead_letters == len(letters.ids()) == 1
+            writer.close(0)
+    monkeypatch.undo()
+    with EventWriter(store, spool_directory=directory) as writer:
+        assert writer.flush(30) == 0
+        assert writer.health().dead_letters == len(letters.ids()) == 1
+
+
+def test_a_letter_whose_name_may_not_last_is_the_same_letter_when_it_is_written_again(
+    writer: EventWriter, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter(range(3))
+
+    def sync(path: Path) -> None:
+        if next(failures, None) is not None:
+            raise OSError(5, "Input/output error")
+        spool.sync_directory(path)
+
+    monkeypatch.setattr(sender, "_LETTER_SECONDS", 0.05)
+    monkeypatch.setattr(dead_letters, "sync_directory", sync)
+    receipts = [writer.put(event(data={"x": float("nan")})) for _ in range(2)]
+    assert all(receipt.wait_stored(30) for receipt in receipts)
+    until = time.monotonic() + 30
+    while writer._outbox is None or writer._outbox.letters:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert next(failures, None) is None
+    health = writer.health()
+    paths = list((directory / "dead").iterdir())
+    assert (len(paths), health.dead_letters) == (2, 2)
+    assert health.aside_bytes == sum(path.stat().st_size for path in paths)
 
 
 def test_not_even_what_has_no_words_holds_anybody_up(writer: EventWriter, directory: Path) -> None:
