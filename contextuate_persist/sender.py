@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 LONGEST_PAUSE = 5.0
 _FIRST_PAUSE = 0.05
 _LETTER_SECONDS = 1.0  # between tries to write dead letters to a disk that is full
-_STRIKES = 3  # of one item, for what may be no fault of its own
-_TRIALS = 2  # of one item, each after it has failed
+# Of one item, each after it has failed: others pass their trial.
+_STRIKES = 3  # for what may be a defect of ours
+_TRIALS = 2
 
 
 class BatchLimits(NamedTuple):
@@ -166,9 +167,12 @@ class Sender:
         except Exception as error:  # a defect of ours, which one item brings to light, perhaps
             log.exception("an item that cannot be stored")
             reason = f"{type(error).__name__}: {error}"
-            if len(part) == 1 and delivery.strikes < _STRIKES:
-                delivery.strikes += 1
-                raise StoreUnavailable(reason) from error
+            if len(part) == 1:
+                self._outbox.not_sent()  # before what may take a while
+                passing = self._trials.others_pass(part[0].value, error)
+                delivery.strikes = delivery.strikes + 1 if passing else 0
+                if delivery.strikes < _STRIKES:
+                    raise StoreUnavailable(reason) from error
             self._isolate(part, delivery, reason)
         else:
             delivery.done(len(part))

@@ -5,6 +5,7 @@ What is tried is undone, so no order changes and nobody sees it.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -17,6 +18,8 @@ from contextuate_persist.outbox import Outbox
 from contextuate_persist.payload import Encoded
 from contextuate_persist.queued import Update, Value
 from contextuate_persist.records import CheckedEvent, EventHead, EventRow
+
+log = logging.getLogger(__name__)
 
 #: What is tried before it is believed that the database refuses all.
 _SESSIONS, _MACHINES, _WAITING = 10, 5, 1000
@@ -55,7 +58,7 @@ class Trials:
             return error.perhaps_one
         return False
 
-    def others_pass(self, value: Value, error: PersistenceError) -> bool:
+    def others_pass(self, value: Value, error: Exception) -> bool:
         """Whether the database takes something of the same kind, while it does not take this.
 
         Raises nothing: where even that is not certain, the item is not to blame.
@@ -71,9 +74,13 @@ class Trials:
             except PersistenceError as other:
                 if isinstance(other, StoreUnavailable) or not other.perhaps_one:
                     return False
+            except (OSError, MemoryError):
+                return False
+            except Exception:  # a defect of ours, as the item's may be
+                log.debug("a trial met a defect", exc_info=True)
         return False
 
-    def _candidates(self, value: Value, error: PersistenceError) -> Iterator[Trial]:
+    def _candidates(self, value: Value, error: Exception) -> Iterator[Trial]:
         waiting = [item.value for item in self._outbox.waiting(_WAITING)]
         # What is lost or takes too long may be so for its size: only what is as large tells more.
         if not isinstance(error, StoreUnavailable):

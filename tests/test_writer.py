@@ -706,6 +706,26 @@ def test_an_event_that_a_defect_keeps_from_being_encoded_is_whole_in_its_letter(
     assert store.get_events("s") == [odd, good]
 
 
+def test_a_defect_that_every_item_meets_blames_none(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AttributeError("a package that was replaced under us")
+
+    for name in ("_insert_events", "_upsert_sessions", "_update_session"):
+        monkeypatch.setattr(store, name, fail)
+    receipts = [writer.put(event(f"s{n}")) for n in range(3)]
+    receipts.append(writer.put_session(session("s3", label="new")))
+    receipts.append(writer.update_session("s3", label="newer"))
+    assert writer.flush(3) == 5
+    assert writer.health().set_aside == 0
+    assert "replaced under us" in str(writer.health().last_error)
+    monkeypatch.undo()
+    assert writer.flush(30) == 0
+    assert {receipt.refusal for receipt in receipts} == {None}
+    assert writer.health().stored == 5
+
+
 def test_letters_that_a_full_disk_does_not_take_hold_nobody_up(
     writer: EventWriter, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
