@@ -94,6 +94,8 @@ class Spool:
 
         Raises ConfigurationError while another process has it, SpoolError if it cannot be used.
         """
+        if self._locking is not None:  # whoever had it hangs in a call of the disk's
+            raise SpoolError(f"{self.directory}: the writer before still waits for its disk")
         self.damages = []
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -119,15 +121,9 @@ class Spool:
             raise
         return records
 
-    def close(self, *, in_use: bool = False) -> None:
-        """Let go of the spool; what is in it stays.
-
-        With `in_use` some thread still hangs in a call of the disk's: its files stay open, and the
-        spool this process's, until that ends.
-        """
+    def close(self) -> None:
+        """Let go of the spool, once nobody appends any more; what is in it stays."""
         with self._files:
-            if in_use:
-                self._writing = self._marking = self._locking = None
             self._end_segment()
             with contextlib.suppress(OSError):
                 self._remove_finished()
@@ -140,13 +136,14 @@ class Spool:
         self._let_go()
 
     def _let_go(self) -> None:
-        for descriptor in (self._writing, self._marking, self._locking):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._writing = self._marking = self._locking = None
         self._segments = []
         self.size = 0
         self._place = (0, None, 0)
+        for descriptor in (self._writing, self._marking, self._locking):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._writing = self._marking = None
+        self._locking = None  # the last: who opens the spool goes by it
 
     def append(self, records: Sequence[Record]) -> None:
         """Write records, numbered upwards, and wait until the disk has them; raises OSError."""

@@ -171,8 +171,7 @@ class EventWriter:
                 for thread in self._threads:
                     thread.start()
             except RuntimeError:  # no thread can be had
-                outbox.stop()
-                self._spool.close(in_use=True)
+                self._end(outbox)
                 raise
             self._outbox = outbox
 
@@ -214,16 +213,24 @@ class EventWriter:
         """End the threads, the keeper when all is on disk; how many items would be lost."""
         outbox.stop()
         keeper, sender, *_ = self._threads
-        keeper.join(_KEEPER_SECONDS)
-        # It may wait for a database that does not answer; what it then hears nobody needs.
-        sender.join(_SENDER_SECONDS)
+        # The sender may wait for a database that does not answer; what it then hears nobody needs.
+        for thread, seconds in ((keeper, _KEEPER_SECONDS), (sender, _SENDER_SECONDS)):
+            if thread.ident is not None:  # started
+                thread.join(seconds)
         assert self._sender is not None  # noqa: S101  (made with the outbox)
         try:
             self._sender.write_letters()
         finally:
             lost = outbox.end()
-            self._spool.close(in_use=keeper.is_alive())
+            if keeper.is_alive():  # its disk does not answer: the spool is in use until it does
+                threading.Thread(target=self._close_after, args=(keeper,), daemon=True).start()
+            else:
+                self._spool.close()
         return lost
+
+    def _close_after(self, keeper: threading.Thread) -> None:
+        keeper.join()
+        self._spool.close()
 
     def _require_other_thread(self) -> None:
         if threading.current_thread() in self._threads:

@@ -42,6 +42,7 @@ from contextuate_persist import (
     sender,
     spool,
 )
+from contextuate_persist import writer as writer_module
 from contextuate_persist.base import BaseStore
 from contextuate_persist.dead_letters import DeadLetters, replay
 from contextuate_persist.payload import MAX_DEPTH
@@ -547,6 +548,63 @@ def test_an_event_larger_than_memory_passes_a_broken_disk(
         receipts = [writer.put(event(data={"x": "x" * 3_000_000})), writer.put(event())]
         assert all(receipt.wait_stored(30) for receipt in receipts)
         monkeypatch.undo()
+
+
+def test_a_spool_whose_disk_hung_at_the_end_can_be_opened_once_it_answers(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, entered, answers = os.fdatasync, threading.Event(), threading.Event()
+
+    def hang(descriptor: int) -> None:
+        entered.set()
+        answers.wait(30)
+        original(descriptor)
+
+    monkeypatch.setattr(writer_module, "_KEEPER_SECONDS", 0.2)
+    monkeypatch.setattr(os, "fdatasync", hang)
+    writer = EventWriter(store, spool_directory=directory)
+    writer.init()
+    events = [event("s", T0 + i) for i in range(2)]
+    writer.put(events[0])
+    assert entered.wait(30)
+    writer.put(events[1])
+    with pytest.raises(SpoolError, match="2 items .* the disk did not answer"):
+        writer.close(0.1)
+    for refused, message in ((writer, "still waits for its disk"), (None, "directory of its own")):
+        with pytest.raises((SpoolError, ConfigurationError), match=message):
+            (refused or EventWriter(store, spool_directory=directory)).init()
+    keeper = writer._threads[0]
+    answers.set()
+    keeper.join(30)
+    until = time.monotonic() + 30
+    while writer._spool._locking is not None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with writer:
+        assert writer.flush(30) == 0
+        assert writer.health().damages == ()
+    assert store.get_events("s") == events
+
+
+@pytest.mark.parametrize("had", [0, 1, 2])
+def test_a_writer_that_got_no_thread_can_be_opened_later(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch, had: int
+) -> None:
+    original, left = threading.Thread.start, iter(range(had))
+
+    def start(self: threading.Thread) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        original(self)
+
+    writer = EventWriter(store, spool_directory=directory, metrics=lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"):
+            writer.init()
+    assert not any(thread.is_alive() for thread in writer._threads)
+    with writer:
+        assert writer.put(event()).wait_stored(30)
 
 
 # --- Poison ---------------------------------------------------------------------------------------
