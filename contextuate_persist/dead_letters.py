@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import os
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from contextuate_persist import payload
+from contextuate_persist import payload, queued
 from contextuate_persist.aside import Aside
 from contextuate_persist.base import BaseStore
 from contextuate_persist.errors import InvalidRecord, SpoolError
 from contextuate_persist.model import MonitorEvent, SessionMeta, TokenUsage
-from contextuate_persist.queued import Refused
+from contextuate_persist.queued import Refused, Update, Value
+from contextuate_persist.records import EventRow
 from contextuate_persist.spool import sync_directory
 
 _NAME = re.compile(r"(\d{1,16}-[0-9a-f]{12})\.json")
@@ -137,6 +139,25 @@ def replay(letter: DeadLetter, store: BaseStore) -> bool:
                 fields = {**fields, "token_usage": TokenUsage(**usage)}
             store.update_session(session_id, **fields)
             return True
+        if kind == "record":
+            return _replay_value(queued.from_body(base64.b64decode(record)), letter, store)
+    except SpoolError as error:
+        raise InvalidRecord("record: of another version, which this one cannot read") from error
     except (TypeError, AttributeError, ValueError) as error:  # somebody has edited the letter
         raise InvalidRecord(f"{kind}: {error}") from error
-    raise InvalidRecord(f"record: a {kind} of another version, which this one cannot read")
+    raise InvalidRecord(f"{kind}: of another version, which this one cannot read")
+
+
+def _replay_value(value: Value, letter: DeadLetter, store: BaseStore) -> bool:
+    """What another version has spooled, and this one can read."""
+    if isinstance(value, EventRow):
+        result = store.save_rows([value])
+        if result.refused:
+            raise InvalidRecord(result.refused[0].reason)
+        return result.stored > 0
+    if isinstance(value, SessionMeta):
+        return store.save_session(value)
+    if isinstance(value, Update):
+        store.update_session(value.session_id, **value.fields)
+        return True
+    return replay(letter._replace(content=value), store)

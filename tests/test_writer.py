@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import itertools
 import json
@@ -695,7 +696,7 @@ def test_good_letters_of_every_kind_can_be_tried_again(store: BaseStore, tmp_pat
     got = store.get_session("s")
     assert got is not None
     assert (got.label, got.token_usage.total_output) == (None, 3)
-    with pytest.raises(InvalidRecord, match="a record of another version"):
+    with pytest.raises(InvalidRecord, match="record: of another version"):
         replay(strange, store)
     with pytest.raises(SpoolError, match="no dead letter '../x'"):
         letters.read("../x")
@@ -704,6 +705,53 @@ def test_good_letters_of_every_kind_can_be_tried_again(store: BaseStore, tmp_pat
     (tmp_path / "dead" / f"1700000000009-{'0' * 12}.json").write_text("[]")
     with pytest.raises(SpoolError, match="no dead letter can be read there"):
         list(letters)
+
+
+def test_a_record_that_an_older_version_set_aside_is_stored_by_one_that_reads_it(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = queued.refused_input(event("s", T0 + 1), "then")
+    with monkeypatch.context() as patch:
+        away(store, patch)
+        with EventWriter(store, spool_directory=directory) as writer:
+            writer.put(ODD)
+            writer.put_session(SESSION)
+            assert writer.update_session(UPDATE.session_id, **UPDATE.fields).wait_safe(30)
+            assert writer.close(0) == 3
+        patch.undo()
+        patch.setattr(queued, "_READERS", {})
+        with EventWriter(store, spool_directory=directory) as older:
+            assert older.flush(30) == 0
+            assert older.health().set_aside == 3
+    letters = DeadLetters(directory / "dead")
+    letters.add(queued.unreadable(queued.to_body(refused), "then"), T0)
+    found = [*letters]
+    assert {letter.content.kind for letter in found} == {"record"}
+    found.sort(key=lambda letter: base64.b64decode(letter.content.record))  # by kind: E R S U
+    assert [replay(letter, store) for letter in found] == [True] * 4
+    assert [replay(letter, store) for letter in found[:2]] == [False] * 2
+    assert store.get_events(ODD.session_id) == [ODD]
+    assert len(store.get_events("s")) == 1
+    got = store.get_session("s")
+    assert got is not None
+    assert (got.label, got.token_usage.total_output) == (None, 3)
+
+
+def test_a_record_that_the_server_refuses_or_somebody_has_edited_is_still_refused(
+    store: BaseStore, tmp_path: Path, database: Database
+) -> None:
+    letters = DeadLetters(tmp_path / "dead")
+    teapot = queued.to_body(ready(event(data={"toolName": "Teapot"})))
+    letters.add(queued.unreadable(teapot, "then"), T0)
+    letters.add(Refused("record", "no base64", "then"), T0 + 1)
+    database.execute("ALTER TABLE events ADD CONSTRAINT no_teapots CHECK (tool_name <> 'Teapot')")
+    try:
+        for letter, message in zip(letters, ("no_teapots", "record: "), strict=True):
+            with pytest.raises(InvalidRecord, match=message):
+                replay(letter, store)
+    finally:
+        verb = "CONSTRAINT" if database.backend == "postgresql" else "CHECK"
+        database.execute(f"ALTER TABLE events DROP {verb} no_teapots")
 
 
 def test_a_defect_that_one_item_brings_to_light_costs_that_item_only(
