@@ -60,13 +60,15 @@ class Sender:
         self._trials = Trials(store, outbox)
         self._slice = limits.rows
         self._at_letters = threading.Lock()
+        self._letters_at = 0.0  # when their disk is tried again; it is full until then
 
     def run(self) -> None:
         """Store the items in their order, until all is over."""
         if not self._persist(self._open_store):
             return
         while not self._outbox.over:
-            self.write_letters()
+            if time.monotonic() >= self._letters_at:
+                self.write_letters()
             if self._outbox.too_many_letters:  # memory is bounded, also for what is refused
                 self._outbox.not_sent()
                 self._outbox.pause(_LETTER_SECONDS)
@@ -97,9 +99,11 @@ class Sender:
         if not self._at_letters.acquire(blocking=False):
             return
         try:
-            for letter in self._outbox.letters:
-                if self._write_letter(letter):
-                    self._outbox.letter_written(letter)
+            # The smallest first: where it finds no room, none does.
+            for letter in sorted(self._outbox.letters, key=lambda letter: letter.size):
+                if not self._write_letter(letter):
+                    break
+                self._outbox.letter_written(letter)
         finally:
             self._at_letters.release()
 
@@ -109,8 +113,11 @@ class Sender:
             self._dead_letters.add(letter.value, letter.accepted, letter.number)
         except OSError as error:
             self.last_error = f"{self._dead_letters.directory}: {error.strerror or error}"
-            log.warning("dead letter %s", self.last_error)
+            if not self._letters_at:  # once, not for each of them
+                log.warning("dead letter %s", self.last_error)
+            self._letters_at = time.monotonic() + _LETTER_SECONDS
             return False
+        self._letters_at = 0.0
         return True
 
     def _open_store(self) -> None:

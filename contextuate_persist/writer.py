@@ -376,7 +376,8 @@ class EventWriter:
                     self._spool.append(list(map(_record, items)))
             except OSError as error:
                 failures += 1
-                log.warning("spool %s: %s", self._settings.directory, error)
+                if failures == 1:  # not several times a second
+                    log.warning("spool %s: %s", self._settings.directory, error)
                 outbox.not_kept(items, error.strerror or str(error))
                 if outbox.over:
                     return

@@ -490,6 +490,24 @@ def test_without_a_disk_the_database_still_gets_everything(
     assert [e.timestamp for e in store.get_events("s")] == [T0 + i for i in range(301)]
 
 
+def test_a_disk_that_goes_on_failing_is_told_once(
+    store: BaseStore,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with EventWriter(store, spool_directory=directory) as writer:
+        for told in (1, 2):
+            with monkeypatch.context() as patch:
+                broken_disk(writer, patch)
+                until = time.monotonic() + 1.2  # some tries
+                while time.monotonic() < until:
+                    assert writer.put(event()).wait_stored(30)
+            assert caplog.text.count("No space left") == told
+            assert writer.put(event()).wait_stored(30)
+            assert writer.health().spool_bytes > 0
+
+
 def test_without_disk_and_database_memory_fills_and_closing_tells_what_is_lost(
     store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -859,6 +877,54 @@ def test_letters_that_a_full_disk_does_not_take_hold_nobody_up(
         assert time.monotonic() < until
         time.sleep(0.05)
     assert told == [poison]
+
+
+def test_letters_that_wait_for_a_full_disk_are_tried_and_told_now_and_then(
+    writer: EventWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[Refused] = []
+
+    def fail(content: Refused, *_: int) -> str:
+        tries.append(content)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._dead_letters, "add", fail)
+        for _ in range(100):
+            writer.put(event(data={"x": float("inf")}))
+        for _ in range(10):  # a batch each
+            assert writer.put(event()).wait_stored(30)
+        assert 100 <= len(tries) < 120
+        assert caplog.text.count("No space left") == 1
+    until = time.monotonic() + 30
+    while writer.health().dead_letters < 100:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_letter_that_the_disk_has_no_room_for_holds_no_smaller_one_up(
+    writer: EventWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, full = writer._dead_letters.add, True
+
+    def add(content: Refused, *place: int) -> str:
+        if full or len(str(content)) > 5000:
+            raise OSError(28, "No space left on device")
+        return original(content, *place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._dead_letters, "add", add)
+        writer.put(event(data={"x": float("inf"), "large": "x" * 5000}))
+        writer.put(event(data={"x": float("inf")}))
+        assert writer.put(event()).wait_stored(30)
+        assert writer._outbox is not None
+        assert len(writer._outbox.letters) == 2
+        full = False
+        until = time.monotonic() + 30
+        while len(writer._outbox.letters) > 1:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert writer.health().dead_letters == 1
 
 
 def test_letters_that_no_disk_takes_are_told_when_the_writer_closes(
