@@ -466,6 +466,8 @@ class _Settings:
             seconds = getattr(self, name)
             if type(seconds) not in (int, float) or not 0 <= seconds < threading.TIMEOUT_MAX:
                 raise ConfigurationError(f"{name}: {seconds!r} is not a number of seconds")
+        if not self.metrics_seconds:  # it would be called without a pause
+            raise ConfigurationError("metrics_seconds: 0 is not a number of seconds above 0")
 
     @property
     def segment_bytes(self) -> int:

@@ -1347,6 +1347,7 @@ def test_the_writer_opens_the_store_when_it_can_and_leaves_it_open(
         ({"batch_rows": 0}, "batch_rows: 0 is not a number of rows"),
         ({"batch_seconds": -1}, "batch_seconds: -1 is not a number of seconds"),
         ({"put_timeout": "1"}, "put_timeout: '1' is not a number of seconds"),
+        ({"metrics_seconds": 0}, "metrics_seconds: 0 is not a number of seconds above 0"),
     ],
 )
 def test_senseless_settings_are_named(options: dict[str, Any], message: str) -> None:
