@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from contextuate_persist import display, encryption, retention, transfer
+from contextuate_persist import display, encryption, payload, retention, transfer
 from contextuate_persist.errors import ConfigurationError, DamagedFile, InvalidRecord
 from contextuate_persist.model import MessageUsage, MonitorEvent, SessionMeta
 from contextuate_persist.records import Weight
@@ -249,8 +249,7 @@ class _Work:
         for kind, record in self._records(session_id):
             if isinstance(record, SessionMeta):
                 self._read[session_id] = record
-            own = {"sessionId": session_id} if kind == transfer.USAGE else {}
-            lines.write(kind, {**own, **record.to_wire()})
+            lines.write_record(session_id, kind, record)
         lines.end(session_id)
 
     def _records(self, session_id: str) -> Iterator[tuple[str, Record]]:
@@ -298,7 +297,7 @@ class _Work:
         checksum = hashlib.sha256()
         ended = False
         for text in stream:
-            wire = transfer.parse_json(text)
+            wire = transfer.parse_json(text, surrogates=True)
             kind = wire["kind"]
             if kind == transfer.SESSION:
                 session_id, reason = wire["sessionId"], ""
@@ -339,7 +338,14 @@ class _Lines:
         self.sessions = 0
 
     def write(self, kind: str, wire: Mapping[str, Any]) -> None:
-        line = display.json_line({"kind": kind, **wire}).encode() + b"\n"
+        self._put(kind, display.json_line({"kind": kind, **wire}).encode())
+
+    def write_record(self, session_id: str, kind: str, record: Record) -> None:
+        own = {"sessionId": session_id} if kind == transfer.USAGE else {}
+        self._put(kind, _line({"kind": kind, **own, **record.to_wire()}))
+
+    def _put(self, kind: str, line: bytes) -> None:
+        line += b"\n"
         self._counts[kind] += 1
         self._checksum.update(line)
         self._stream.write(line)
@@ -354,6 +360,14 @@ class _Lines:
         self.sessions += 1
         end = _end(session_id, self._counts, self._checksum.hexdigest())
         self._stream.write(display.json_line(end).encode() + b"\n")
+
+
+def _line(wire: dict[str, Any]) -> bytes:
+    """The line of a record: in ASCII, unless that reads back as something else."""
+    line = display.json_line(wire).encode()
+    if b"\\ud" in line and transfer.parse_json(line) != wire:
+        return payload.exact_json(wire)
+    return line
 
 
 def _end(session_id: str, counts: Mapping[str, int], checksum: str) -> dict[str, Any]:

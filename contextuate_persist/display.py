@@ -47,7 +47,10 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """One line of JSON in ASCII: exact, harmless to a terminal, the same in every locale."""
+    """One line of JSON in ASCII: harmless to a terminal, the same in every locale.
+
+    Exact, but that two lone surrogates side by side have the escapes of one character.
+    """
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("\x7f", "\\u007f")
 

@@ -136,10 +136,11 @@ _DIGITS = bytes(0x30 if chr(byte) in "0123456789" else 0x20 for byte in range(25
 _LONG_NUMBER = b"0" * 19
 
 
-def parse_json(line: bytes) -> Any:
+def parse_json(line: bytes, *, surrogates: bool = False) -> Any:
     """The value of a JSON text in UTF-8, integers as integers; raises InvalidRecord.
 
-    Lone surrogates are taken as escapes, where JSON allows them, and nowhere else.
+    Lone surrogates are taken as escapes, where JSON allows them, and with `surrogates` also as
+    bytes, which is how two that stand side by side are told from one character.
     """
     # Translating costs 0.8 ns a byte, a regular expression for the same 13; orjson itself costs 2.
     if _LONG_NUMBER not in line.translate(_DIGITS):
@@ -148,7 +149,8 @@ def parse_json(line: bytes) -> Any:
         except ValueError:
             pass  # bad JSON, or a lone surrogate: the standard parser tells which
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        text = line.decode("utf-8", "surrogatepass" if surrogates else "strict")
+        return json.loads(text, parse_constant=_refuse_constant)
     except InvalidRecord:
         raise
     except UnicodeDecodeError as error:
@@ -357,7 +359,7 @@ class _Importer:
             self._archive = _Archive()
             return
         self._position += 1
-        record = _parse_line(line)
+        record = _parse_line(line, surrogates=True)
         self._archive.count(line or b"")
         kind = record.get("kind") if isinstance(record, dict) else None
         if kind == EVENT:
@@ -498,7 +500,7 @@ def _stripped(line: bytes, *, first: bool = True) -> bytes:
     return (line.removeprefix(_BOM) if first else line).strip(b" \t\r\n")
 
 
-def _parse_line(line: bytes | None) -> Any:
+def _parse_line(line: bytes | None, *, surrogates: bool = False) -> Any:
     if line is None:
         raise InvalidRecord(f"line: more than {MAX_LINE_BYTES:,} bytes")
-    return parse_json(line)
+    return parse_json(line, surrogates=surrogates)

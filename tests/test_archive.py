@@ -134,6 +134,27 @@ def test_what_was_archived_and_deleted_comes_back_equal(store: BaseStore, tmp_pa
     assert store.save_event(event("root", T0 + 10)) is True  # it is no deleted session any more
 
 
+def test_lone_surrogates_side_by_side_come_back_as_two(store: BaseStore, tmp_path: Path) -> None:
+    """Their escapes would be those of one character."""
+    two, one = "\ud83d\ude00", "\U0001f600"
+    store.save_session(
+        session("s", label=two, transcript_path=f"/{two}", working_directory=two, **OLD)
+    )
+    given = [event("s", T0, data={"t": two, two: [one, {"\\": two}]}), event("s", data={"t": one})]
+    store.save_events(given)
+    store.save_session(session("other", label=one, **OLD))
+    before = content(store)
+    report = archive(store, tmp_path, POLICY)
+    assert report.sessions == 2
+    assert in_archives(tmp_path) == before
+    # Only the lines that must be are other than they were.
+    lines = gzip.decompress(report.files[0].read_bytes()).splitlines()
+    hard = [line for line in lines if not line.isascii()]
+    assert [json.loads(line)["kind"] for line in hard] == ["session", "event"]
+    assert import_path(store, tmp_path, undelete=True).refused == ()
+    assert content(store) == before
+
+
 def test_an_archive_is_no_way_around_a_deletion(store: BaseStore, tmp_path: Path) -> None:
     fill(store)
     report = archive(store, tmp_path, POLICY)
