@@ -24,7 +24,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from contextuate_persist import display, encryption, payload, retention, transfer
-from contextuate_persist.errors import ConfigurationError, DamagedFile, InvalidRecord
+from contextuate_persist.errors import (
+    ConfigurationError,
+    DamagedFile,
+    InvalidRecord,
+    PersistenceError,
+)
 from contextuate_persist.model import MessageUsage, MonitorEvent, SessionMeta
 from contextuate_persist.records import Weight
 from contextuate_persist.retention import Progress, PruneReport, RetentionPolicy, Tree
@@ -45,12 +50,23 @@ _SLICED_BYTES = 64 * 2**20
 _LOCK = ".lock"
 _NAME = "contextuate"  # how the names of its files begin
 
+#: How many of the sessions that cannot be archived are named; all are counted.
+PROBLEMS_SHOWN = 1000
+_REASON = 300  # characters
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveReport(PruneReport):
-    """What an archiving did, or with a dry run would do, and the files it wrote."""
+    """What an archiving did, or with a dry run would do, and the files it wrote.
+
+    `unfit` of the `spared` sessions did not change: something in their tree breaks the rules by
+    which sessions and events are saved, so that no line of an archive carries it. `problems` names
+    the sessions that have it and what it is, the first thousand of them.
+    """
 
     files: tuple[Path, ...]
+    unfit: int = 0
+    problems: tuple[str, ...] = ()
 
 
 def archive(
@@ -69,7 +85,8 @@ def archive(
     A file is written under a name that ends in .part, flushed to the disk, read back and compared
     with the database, record by record; then it gets its name, and only then is deleted what is in
     it. The deleting transaction sees to it that nothing of a tree has changed since it was read: if
-    it has, the tree stays, and its copy in the archive does no harm.
+    it has, the tree stays, and its copy in the archive does no harm. A tree also stays, and the
+    report names it, if another program has written into it what no line can carry; the others go.
 
     May be killed, or told to `stop`, at any moment: nothing is deleted that is not in a whole file,
     and running it again completes it. `recipients` (`encryption.recipients`) are those whose keys
@@ -100,6 +117,8 @@ def archive(
         spared=done - work.sessions,
         kept=found.kept + found.sessions - work.sessions,
         files=tuple(work.files),
+        unfit=work.unfit,
+        problems=tuple(work.problems),
     )
 
 
@@ -158,17 +177,26 @@ class _Work:
             own = importlib.import_module("pyrage").x25519.Identity.generate()
             self._recipients.append(own.to_public())
             self._identities.append(own)
-        self._read: dict[str, SessionMeta] = {}  # for the file that is written
-        self.sessions = self.events = self.size = 0
+        # For the file that is written: its sessions, and why others cannot be in it.
+        self._read: dict[str, SessionMeta] = {}
+        self._unfit: dict[str, str] = {}
+        self.sessions = self.events = self.size = self.unfit = 0
         self.files: list[Path] = []
+        self.problems: list[str] = []
 
     def archive(self, batch: list[tuple[Tree, Weight]]) -> None:
         """Write a file, verify it, give it its name, and delete what is in it."""
         path, part = self._names()
         try:
             try:
-                forest = [tree for tree, _ in batch]
                 fingerprints = self._write(part, batch)
+                while self._unfit:
+                    batch = self._fit(batch)
+                    part.unlink()
+                    if not batch:
+                        return
+                    fingerprints = self._write(part, batch)
+                forest = [tree for tree, _ in batch]
                 changed = self._verify(part, forest, fingerprints)
             except OSError as error:
                 error.filename = error.filename or str(part)
@@ -190,6 +218,18 @@ class _Work:
             if self._stop.is_set():
                 break
             self._delete(step, fingerprints)
+
+    def _fit(self, batch: list[tuple[Tree, Weight]]) -> list[tuple[Tree, Weight]]:
+        """The trees that a file can have all of, when the others are told of."""
+        fit: list[tuple[Tree, Weight]] = []
+        for tree, weight in batch:
+            if self._unfit.keys().isdisjoint(state.session_id for state in tree):
+                fit.append((tree, weight))
+            else:
+                self.unfit += sum(state.is_shown for state in tree)
+        room = PROBLEMS_SHOWN - len(self.problems)
+        self.problems += [*self._unfit.values()][:room]
+        return fit
 
     def _delete(self, step: list[tuple[Tree, Weight]], fingerprints: Mapping[str, str]) -> None:
         begun = time.monotonic()
@@ -220,6 +260,7 @@ class _Work:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fingerprints: dict[str, str] = {}
         self._read.clear()
+        self._unfit.clear()
         with os.fdopen(descriptor, "wb") as file:
             with ExitStack() as stack:
                 stream: Any = file
@@ -246,11 +287,18 @@ class _Work:
 
     def _write_session(self, lines: _Lines, session_id: str) -> None:
         lines.begin()
-        for kind, record in self._records(session_id):
-            if isinstance(record, SessionMeta):
-                self._read[session_id] = record
-            lines.write_record(session_id, kind, record)
-        lines.end(session_id)
+        try:
+            for kind, record in self._records(session_id):
+                if isinstance(record, SessionMeta):
+                    self._read[session_id] = record
+                lines.write_record(session_id, kind, record)
+        except PersistenceError as error:
+            # Of a row that something else has written; a payload that cannot be read has the base.
+            if type(error) not in (InvalidRecord, PersistenceError):
+                raise
+            self._unfit[session_id] = f"{session_id}: {error}"[:_REASON]
+        else:
+            lines.end(session_id)
 
     def _records(self, session_id: str) -> Iterator[tuple[str, Record]]:
         """What the database has of a session, in the order of a file; nothing if it is gone."""
@@ -297,7 +345,7 @@ class _Work:
         checksum = hashlib.sha256()
         ended = False
         for text in stream:
-            wire = transfer.parse_json(text, surrogates=True)
+            wire = _wire_of(text)
             kind = wire["kind"]
             if kind == transfer.SESSION:
                 session_id, reason = wire["sessionId"], ""
@@ -341,8 +389,15 @@ class _Lines:
         self._put(kind, display.json_line({"kind": kind, **wire}).encode())
 
     def write_record(self, session_id: str, kind: str, record: Record) -> None:
+        """Write a record; raises InvalidRecord, naming it, if no line can bring it back."""
         own = {"sessionId": session_id} if kind == transfer.USAGE else {}
-        self._put(kind, _line({"kind": kind, **own, **record.to_wire()}))
+        try:
+            if isinstance(record, MonitorEvent):
+                payload.encode(record.data)  # what this refuses, an import would refuse
+            line = _line({"kind": kind, **own, **record.to_wire()}, record)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRecord(f"{_place(record)}{error}") from error
+        self._put(kind, line)
 
     def _put(self, kind: str, line: bytes) -> None:
         line += b"\n"
@@ -362,12 +417,26 @@ class _Lines:
         self._stream.write(display.json_line(end).encode() + b"\n")
 
 
-def _line(wire: dict[str, Any]) -> bytes:
-    """The line of a record: in ASCII, unless that reads back as something else."""
+def _line(wire: Mapping[str, Any], record: Record) -> bytes:
+    """The line that reads back as the record: in ASCII, unless that reads back as another."""
     line = display.json_line(wire).encode()
-    if b"\\ud" in line and transfer.parse_json(line) != wire:
-        return payload.exact_json(wire)
+    if type(record).from_wire(_wire_of(line)) != record:
+        line = payload.exact_json(wire)
+        if type(record).from_wire(_wire_of(line)) != record:
+            raise InvalidRecord("it does not read back as it is")
     return line
+
+
+def _wire_of(line: bytes) -> Any:
+    return transfer.parse_json(line, surrogates=True)
+
+
+def _place(record: Record) -> str:
+    if isinstance(record, SessionMeta):
+        return ""
+    if isinstance(record, MessageUsage):
+        return f"message {record.message_id}: "
+    return f"event {record.id}: "
 
 
 def _end(session_id: str, counts: Mapping[str, int], checksum: str) -> dict[str, Any]:

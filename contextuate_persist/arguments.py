@@ -130,7 +130,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_import(command("import", "store events from files; bad lines are reported"))
     _add_retention(command("prune", "delete old sessions, whole trees, in small steps"))
     _add_archive(
-        command("archive", "write old sessions to files, verify these, and then delete them")
+        command(
+            "archive",
+            "write old sessions to files, verify these, and then delete them",
+            epilog="Exit status: 0, or 1 if some cannot be archived: these are named, and stay.",
+        )
     )
     _add_maintain(
         command(

@@ -10,7 +10,7 @@ from contextuate_persist import archive as archives
 from contextuate_persist import display, encryption, retention
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_ADMINISTRATOR
-from contextuate_persist.console import ProgressBar, show, show_findings, show_json
+from contextuate_persist.console import ProgressBar, show, show_findings, show_json, tell
 from contextuate_persist.retention import PruneReport, RetentionPolicy
 
 OpenStore = Callable[[argparse.Namespace], BaseStore]
@@ -45,7 +45,7 @@ def prune(args: argparse.Namespace, open_given: OpenStore) -> int:
 
 
 def archive(args: argparse.Namespace, open_given: OpenStore) -> int:
-    """Write what is due to files and delete it, or say what would be."""
+    """Write what is due to files and delete it, or say what would be; 1 if some cannot go."""
     policy = policy_of(args)
     keys = encryption.recipients(args.recipient) if args.recipient else ()
     bar = ProgressBar("archive", percent=True)
@@ -62,8 +62,11 @@ def archive(args: argparse.Namespace, open_given: OpenStore) -> int:
             )
         finally:
             bar.clear()
-    _show(args, report, "archived and deleted", [str(path) for path in report.files])
-    return 0
+    for problem in report.problems:
+        tell(problem)
+    files = [str(path) for path in report.files]
+    _show(args, report, "archived and deleted", files, report.unfit)
+    return int(report.unfit > 0)
 
 
 def maintain(args: argparse.Namespace, open_given: OpenStore) -> int:
@@ -88,13 +91,14 @@ def _show(
     report: PruneReport,
     done: str,
     files: list[str] | None = None,
+    unfit: int = 0,
 ) -> None:
     if args.json:
-        more = {} if files is None else {"files": files}
+        more = {} if files is None else {"unfit": unfit, "files": files}
         show_json([{**wire(report), **more, "dryRun": args.dry_run}])
         return
     verb = f"would be {done}" if args.dry_run else done
-    show([f"{words(report)} {verb}{spared(report)}; {report.kept:,} sessions are kept"])
+    show([f"{words(report)} {verb}{spared(report, unfit)}; {report.kept:,} sessions are kept"])
     show(display.safe(file) for file in files or ())
 
 
@@ -115,8 +119,8 @@ def words(report: PruneReport) -> str:
     return f"{report.sessions:,} sessions with {report.events:,} events ({size})"
 
 
-def spared(report: PruneReport) -> str:
+def spared(report: PruneReport, unfit: int) -> str:
     """What else there is to say."""
-    if not report.spared:
-        return ""
-    return f", {report.spared:,} changed meanwhile and are left for the next time"
+    changed = report.spared - unfit
+    text = f", {changed:,} changed meanwhile and are left for the next time" if changed else ""
+    return text + (f", {unfit:,} cannot be archived and stay" if unfit else "")

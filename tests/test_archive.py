@@ -250,6 +250,65 @@ def test_half_files_of_others_stay(store: BaseStore, tmp_path: Path) -> None:
     assert left == {*names, "contextuate-a.jsonl.gz.part", ".lock"}
 
 
+# --- What no line can carry -----------------------------------------------------------------------
+
+#: What other programs may set, where, and what is said of it.
+BROKEN = {
+    "end": ("sessions SET end_time = 5", "child: endTime: 5 is no time"),
+    "machine": ("sessions SET machine_id = ' m'", "child: machineId: white space"),
+    "tokens": ("sessions SET token_usage_input = -1", "child: totalInput: a count is needed"),
+    "id": ("sessions SET session_id = 'child '", "child : session_id: white space"),
+    "message": ("token_ledger SET timestamp = 5", "child: message m1: timestamp: 5 is no time"),
+    "event": ("events SET timestamp = 5", "child: event {id}: timestamp: 5 is no time"),
+    "unreadable": ("events SET exact = 'x'", "child: a stored payload cannot be read"),
+    "no number": (
+        """events SET exact = '{"data": {"n": NaN}}'""",
+        "child: event {id}: data.n: JSON has no nan",
+    ),
+    "deep": (
+        f"""events SET exact = '{{"data": {{"n": {"[" * 600 + "]" * 600}}}}}'""",
+        "child: event {id}: data: nested more than 512 deep",  # which no import takes
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_tree_that_no_line_can_carry_stays_and_is_named_and_the_others_go(
+    store: BaseStore,
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    monkeypatch.setattr(archives, "FILE_SESSIONS", 3)
+    store.save_session(session("root", start_time=T0 - 9, end_time=T0 - 5, status="completed"))
+    store.save_session(session("child", start_time=T0 - 9, parent_session_id="root"))
+    happened = event("child", T0 - 5)
+    store.save_events([event("root"), event("other"), event("third")])
+    store.save_sessions([session("other", **OLD), session("third", **OLD)])
+    good = content(store)
+    change, said = BROKEN[what]
+    if change.startswith("token_ledger"):
+        store.save_usage("child", [usage("m1")])
+    elif change.startswith("events"):
+        store.save_event(happened)
+    database.execute(f"UPDATE {change} WHERE session_id = 'child'")
+    left = store.session_states()
+    report = archive(store, tmp_path, POLICY)
+    assert (report.sessions, report.events) == (2, 2)
+    assert (report.spared, report.unfit, report.kept) == (2, 2, 2)
+    named = said.format(id=happened.id)
+    assert any(problem.startswith(named) for problem in report.problems)
+    assert store.session_states() == [
+        state for state in left if state.session_id not in ("other", "third")
+    ]
+    assert in_archives(tmp_path) == {name: good[name] for name in ("other", "third")}
+    again = archive(store, tmp_path, POLICY)
+    assert (again.sessions, again.spared, again.files) == (0, 2, ())
+    assert again.problems == report.problems
+    assert len([*tmp_path.iterdir()]) == 1 + len(report.files)
+
+
 # --- What changes meanwhile -----------------------------------------------------------------------
 
 CHANGES: dict[str, Callable[[BaseStore], object]] = {
@@ -737,6 +796,24 @@ def test_the_command_encrypts_for_who_is_named(
     assert content(store) == before
     assert run("archive", "--to", tmp_path / "a", "--recipient", "age1nonsense")[0] == 1
     assert run("archive")[0] == 2
+
+
+def test_the_command_names_what_it_cannot_archive(
+    run: Callable[..., tuple[int, str, str]],
+    store: BaseStore,
+    database: Database,
+    tmp_path: Path,
+) -> None:
+    store.save_sessions(session(name, **OLD) for name in ("good", "bad"))
+    database.execute("UPDATE sessions SET end_time = 5 WHERE session_id = 'bad'")
+    status, out, err = run("archive", "--to", tmp_path)
+    assert (status, "1 sessions with 0 events" in out) == (1, True)
+    assert ", 1 cannot be archived and stay; 1 sessions are kept" in out
+    assert "changed meanwhile" not in out
+    assert err == "bad: endTime: 5 is no time in Unix milliseconds; is it in seconds?\n"
+    status, out, _ = run("archive", "--to", tmp_path, "--json")
+    (record,) = map(json.loads, out.splitlines())
+    assert (status, record["spared"], record["unfit"], record["files"]) == (1, 1, 1, [])
 
 
 def test_a_number_that_is_none_is_no_event(store: BaseStore, tmp_path: Path) -> None:
