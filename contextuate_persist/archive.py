@@ -85,8 +85,9 @@ def archive(
     A file is written under a name that ends in .part, flushed to the disk, read back and compared
     with the database, record by record; then it gets its name, and only then is deleted what is in
     it. The deleting transaction sees to it that nothing of a tree has changed since it was read: if
-    it has, the tree stays, and its copy in the archive does no harm. A tree also stays, and the
-    report names it, if another program has written into it what no line can carry; the others go.
+    it has, the tree stays, and a later file will have it as it is by then, which an import of the
+    directory prefers. A tree also stays, and the report names it, if another program has written
+    into it what no line can carry; the others go.
 
     May be killed, or told to `stop`, at any moment: nothing is deleted that is not in a whole file,
     and running it again completes it. `recipients` (`encryption.recipients`) are those whose keys

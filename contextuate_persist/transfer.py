@@ -1,7 +1,7 @@
 """Import: JSON lines of events, archives, and contextuate's file store, into any store.
 
 A bad line costs that line only. Memory is bounded by the longest line and one batch, however long
-the file.
+the file, but for the ids of archived sessions that had no end.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ _BATCH_BYTES = 4 * 2**20
 _SKIP_BYTES = 2**20
 _REASON = 300  # characters
 _BOM = b"\xef\xbb\xbf"
+_HEAD_BYTES = 1000  # an archive's first line has a tenth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +100,13 @@ def import_path(
     sessions, their events and their token ledger. Of a directory, contextuate's file store is
     recognised (all of it, its `sessions` directory, or the directory of one session): there each
     session is saved before its events, as `save_session` does it. Of any other directory, every
-    *.jsonl, *.jsonl.gz and *.jsonl.gz.age below it is read, in the order of their names. Those
-    that end in .gz are unpacked, encrypted ones opened with `identities`
-    (`encryption.identities`).
+    *.jsonl, *.jsonl.gz and *.jsonl.gz.age below it is read, in the order of their names, but the
+    archives among them the newest first. Those that end in .gz are unpacked, encrypted ones opened
+    with `identities` (`encryption.identities`).
 
     A session of an archive is saved as it was, unless it is there: then only events and messages
-    that are missing are added.
+    that are missing are added. So of a session that several archives of a directory have, the
+    newest tells what it was, and all of them what it did.
 
     Every good line is stored and every bad one reported, in the file's order. An event that is
     stored already counts as such, so an import that failed half-way may be run again. Events of a
@@ -122,7 +124,7 @@ def import_path(
     elif not os.fspath(path):  # pathlib would take the working directory
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "''")
     elif (root := Path(path)).is_dir():
-        importer.read_files(_files_below(root, importer.refuse))
+        importer.read_files(_files_below(root, importer.refuse, identities))
     else:
         importer.read_files([root], must_open=True)
     importer.flush()
@@ -170,7 +172,9 @@ def _refuse_constant(name: str) -> NoReturn:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def _files_below(root: Path, refuse: Callable[[str, str], None]) -> list[Path]:
+def _files_below(
+    root: Path, refuse: Callable[[str, str], None], identities: Sequence[Any]
+) -> list[Path]:
     """The files to read, in order: of a file store, each session's meta.json before its events."""
     if _size(root / "meta.json") is not None:
         return _files_of_session(root)
@@ -191,7 +195,27 @@ def _files_below(root: Path, refuse: Callable[[str, str], None]) -> list[Path]:
     walk = os.walk(root, onerror=lambda error: refuse(str(error.filename), _reason(error)))
     for directory, _, names in walk:
         found += [Path(directory, name) for name in names if name.endswith(SUFFIXES)]
-    return sorted(found)
+    return _newest_first(sorted(found), identities)
+
+
+def _newest_first(paths: list[Path], identities: Sequence[Any]) -> list[Path]:
+    """The same files, the archives among them in each other's places."""
+    moments = {path: _archived_at(path, identities) for path in paths}
+    archives = [path for path in paths if moments[path] is not None]
+    newest = iter(sorted(archives, key=lambda path: (moments[path], path), reverse=True))
+    return [path if moments[path] is None else next(newest) for path in paths]
+
+
+def _archived_at(path: Path, identities: Sequence[Any]) -> int | None:
+    """When an archive was begun; None for all else, and for what cannot be read."""
+    # What is wrong with it is told when its turn has come.
+    with suppress(OSError, ConfigurationError, InvalidRecord, *DAMAGE):
+        if _size(path) is not None:  # what is taken of a named pipe is gone
+            with opened(path, identities) as (stream, _):
+                head = parse_json(_stripped(stream.readline(_HEAD_BYTES)))
+            moment = head.get("createdAt") if _is_head(head) else None
+            return moment if type(moment) is int else None
+    return None
 
 
 def _files_of_session(directory: Path) -> list[Path]:
@@ -271,6 +295,7 @@ class _Importer:
         self._identities = identities
         self._progress = progress
         self._archive: _Archive | None = None
+        self._without_end: set[str] = set()
         self._deleted = 0
         self._bytes_done = 0
         self._bytes_total: int | None = None
@@ -411,12 +436,21 @@ class _Importer:
             if not self._store.save_session(session, undelete=self._undelete):
                 return
             self._sessions += 1
-        elif there != replace(session, end_time=None, child_session_ids=there.child_session_ids):
+        elif not self._is_half_restored(session, there):
             return
-        # Else it is new, or as an import left it that was killed here.
-        if session.end_time is not None and session.status == "active":
-            # A save takes that for a session that goes on.
-            self._store.update_session(session.session_id, end_time=session.end_time)
+        if session.status == "active":
+            if session.end_time is None:
+                self._without_end.add(session.session_id)
+            else:  # a save takes that for a session that goes on
+                self._store.update_session(session.session_id, end_time=session.end_time)
+
+    def _is_half_restored(self, session: SessionMeta, there: SessionMeta) -> bool:
+        """Whether the session is as an import left it that was killed before it set the end."""
+        if session.session_id in self._without_end:  # as a newer archive has it
+            return False
+        if there.status == "active" and there.end_time is None:
+            self._without_end.add(session.session_id)
+        return there == replace(session, end_time=None, child_session_ids=there.child_session_ids)
 
     def _read_session(self, name: str, stream: BinaryIO) -> None:
         """Save the session of a meta.json; a broken one is one refusal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -349,6 +350,12 @@ def test_a_tree_that_changes_meanwhile_is_left_alone(
     left = archive(store, tmp_path, POLICY)  # and the next time it goes, if it may
     assert left.spared == 0
     assert (content(store) == {}) == (change != "pinned")
+    import_path(store, tmp_path, undelete=True)
+    if change == "deleted":
+        store.delete_session("child")  # which was in the first file, with the other
+    again = content(store)
+    assert again.pop("other")
+    assert again == expected
 
 
 def test_a_file_that_is_not_what_the_database_has_is_noticed_and_nothing_is_deleted(
@@ -623,6 +630,140 @@ def test_the_messages_of_a_session_that_is_refused_are_counted_to_no_other(
     assert content(store) == {name: before[name] for name in ("first", "third")}
     assert import_path(store, path, undelete=True).refused == ()
     assert content(store) == before
+
+
+#: What becomes of a session after it was first archived.
+LATER: dict[str, dict[str, Any]] = {
+    "renamed": {"label": "new", "token_usage": TokenUsage(total_input=9)},
+    "emptied": {"label": None, "agent_type": None, "model": None, "end_time": None},
+    "goes on": {"end_time": None},
+    "ended": {"status": "error", "end_time": T0 + 9},
+}
+
+
+@pytest.mark.parametrize("form", ["as written", "encrypted", "renamed", "in directories"])
+@pytest.mark.parametrize("later", LATER)
+def test_of_a_directory_the_newest_copy_of_a_session_decides_and_the_others_add(
+    store: BaseStore, tmp_path: Path, later: str, form: str
+) -> None:
+    encryption.new_identity(tmp_path / "key")
+    identities = encryption.identities(tmp_path / "key") if form == "encrypted" else ()
+    recipients = [one.to_public() for one in identities]
+    directory = tmp_path / "archive"
+    store.save_sessions(
+        [
+            session("s", label="old", agent_type="nexus", model="m", parent_session_id="root"),
+            session("root", label="old", hidden=True),
+            session("only once", **OLD),
+        ]
+    )
+    for name in ("s", "root"):
+        store.update_session(name, end_time=T0 + 5)
+    store.save_events(event(name, T0 + i // 2) for i in range(5) for name in ("s", "only once"))
+    store.save_usage("root", [usage("m1", 5)])
+    first = archive(store, directory, POLICY, recipients=recipients)
+    import_path(store, directory, undelete=True, identities=identities)
+    for name in ("s", "root"):
+        store.update_session(name, **LATER[later])
+    store.save_events(event("s", T0 + 2) for _ in range(3))
+    store.save_usage("root", [usage("m1", 50), usage("m2")])
+    store.delete_session("only once")
+    before = content(store)
+    last = archive(store, directory, POLICY, recipients=recipients)
+    assert content(store) == {}
+    for number, path in enumerate([*first.files, *last.files]):
+        if form == "renamed":
+            text = gzip.decompress(path.read_bytes())
+            (directory / f"{2 - number}.jsonl").write_bytes(text)
+            path.unlink()
+        elif form == "in directories":
+            (directory / f"{2 - number}").mkdir()
+            path.rename(directory / f"{2 - number}" / path.name)
+    for _ in range(2):
+        report = import_path(store, directory, undelete=True, identities=identities)
+        assert (report.files, report.refused) == (2, ())
+        there = content(store)
+        assert there.pop("only once")
+        assert there == before
+
+
+def test_what_came_after_a_session_was_archived_and_what_was_archived_come_together(
+    store: BaseStore, tmp_path: Path
+) -> None:
+    store.save_sessions([session("root", **OLD), session("s", parent_session_id="root", **OLD)])
+    old = event("s", T0)
+    store.save_event(old)
+    store.save_usage("s", [usage("m1")])
+    first = content(store)
+    archive(store, tmp_path, POLICY)
+    new = event("s", time.time_ns() // 1_000_000 + 100, parent_session_id="root")
+    store.save_event(new)
+    (last, _, _) = content(store)["s"]
+    time.sleep(0.2)
+    archive(store, tmp_path, RetentionPolicy(max_age_days=0, spared_days=0))
+    assert content(store) == {}
+    import_path(store, tmp_path, undelete=True)
+    there = content(store)
+    assert there["root"] == first["root"]
+    assert there["s"][1:] == (first["s"][1], [old, new])
+    assert dataclasses.replace(last, token_usage=there["s"][0].token_usage) == there["s"][0]
+
+
+def test_an_import_of_a_directory_that_was_killed_is_completed_by_the_next(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_sessions([session("s"), session("t")])
+    for name, end in (("s", T0 + 5), ("t", None), ("s", T0 + 7), ("t", T0 + 7)):
+        store.update_session(name, end_time=end, label=f"{end}")
+        if name == "t":
+            store.save_event(event(name, T0))
+            before = content(store)
+            archive(store, tmp_path, POLICY)
+            import_path(store, tmp_path, undelete=True)
+            assert content(store) == before
+    store.delete_all_sessions()
+
+    class KilledError(BaseException):
+        pass
+
+    for method in ("save_session", "update_session", "save_events", "save_usage"):
+        for calls in range(4):
+            call, done = getattr(store, method), iter(range(calls))
+
+            def kill(*arguments: Any, **options: Any) -> Any:
+                if next(done, None) is None:  # noqa: B023
+                    raise KilledError
+                return call(*arguments, **options)  # noqa: B023
+
+            with monkeypatch.context() as patch:
+                patch.setattr(store, method, kill)
+                with contextlib.suppress(KilledError):
+                    import_path(store, tmp_path, undelete=True)
+            import_path(store, tmp_path, undelete=True)
+            assert content(store) == before
+            store.delete_all_sessions()
+
+
+def test_archives_are_read_in_each_other_s_places_and_all_else_in_its_own(
+    store: BaseStore, tmp_path: Path
+) -> None:
+    files = []
+    for name in ("old", "new"):
+        store.save_session(session(name, **OLD))
+        files += archive(store, tmp_path / "archive", POLICY).files
+    place = tmp_path / "mixed"
+    place.mkdir()
+    files[0].rename(place / "b.jsonl.gz")
+    files[1].rename(place / "e.jsonl.gz")
+    text = gzip.decompress((place / "b.jsonl.gz").read_bytes())
+    (place / "d.jsonl").write_bytes(text.replace(b'"version":1', b'"version":2'))
+    (place / "a.jsonl").write_text("x" * 100_000)
+    (place / "c.jsonl.gz").write_bytes(gzip.compress(text)[:20])
+    (place / "f.jsonl").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(place / "g.jsonl")
+    (place / "h.jsonl").touch()
+    found = transfer._files_below(place, lambda *_: None, ())
+    assert [path.name[0] for path in found] == [*"aecdbfgh"]
 
 
 def test_lines_of_events_may_be_compressed_too(store: BaseStore, tmp_path: Path) -> None:
