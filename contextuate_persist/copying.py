@@ -7,7 +7,7 @@ interrupted goes on where it was, and a second one brings what has come since.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from operator import ge
 from typing import Any
@@ -20,7 +20,7 @@ from contextuate_persist.errors import (
     InvalidRecord,
     SessionNotFound,
 )
-from contextuate_persist.model import SESSION_CHECKS, MessageUsage, SessionMeta
+from contextuate_persist.model import SESSION_CHECKS, MessageUsage, SessionMeta, TokenUsage
 from contextuate_persist.records import EventRow, Tally
 
 #: Called with the events done and the events in all.
@@ -118,10 +118,11 @@ class _Copier:
         for ids in _portions(sorted(self._given), _SESSIONS):
             # Events first: they bring back a session that had been deleted, also in the target.
             self._copy_events(ids)
-            sessions = self._copy_sessions(ids)
+            written = self._settle(ids, self._copy_sessions(ids))
+            # Messages last: what they set of a session is not to be settled.
             for session_id in ids:
                 self._copy_messages(session_id)
-            self._catch_up(self._settle(ids, sessions))
+            self._catch_up(written)
         self._target.add_deletions(self._deletions)
 
     def compare(self) -> None:
@@ -213,8 +214,19 @@ class _Copier:
 
     def _copy_sessions(self, ids: Sequence[str]) -> dict[str, SessionMeta]:
         """Save those that are due; the source's, as they were read."""
-        found = self._source.sessions_of([*filter(self._is_due, ids)])
+        found = self._read([*filter(self._is_due, ids)])
         self._saved += self._save([found[session_id] for session_id in ids if session_id in found])
+        return found
+
+    def _read(self, ids: Sequence[str]) -> dict[str, SessionMeta]:
+        """Sessions of the source, without totals that are the sums over their messages.
+
+        Some of these may count to another session in the target: its ledger alone decides.
+        """
+        found = self._source.sessions_of(ids)
+        for session_id, session in found.items():
+            if self._given[session_id].messages:
+                found[session_id] = replace(session, token_usage=TokenUsage())
         return found
 
     def _save(self, sessions: Sequence[SessionMeta]) -> int:
@@ -250,7 +262,7 @@ class _Copier:
         Returns the source's sessions that were written so, as they were read.
         """
         due = [session_id for session_id in ids if self._is_to_settle(session_id)]
-        own = saved | self._source.sessions_of([one for one in due if one not in saved])
+        own = saved | self._read([one for one in due if one not in saved])
         self._saved += self._settle_all(own)
         return own
 
@@ -261,7 +273,7 @@ class _Copier:
         """
         self._written.update(written)
         for _ in range(_ROUNDS):
-            now = self._source.sessions_of([*written])
+            now = self._read([*written])
             written = {one: session for one, session in now.items() if session != written[one]}
             if not written:
                 return
@@ -304,7 +316,7 @@ class _Copier:
         return fields
 
     def _compare_sessions(self, ids: Sequence[str]) -> None:
-        own, copied = self._source.sessions_of(ids), self._target.sessions_of(ids)
+        own, copied = self._read(ids), self._target.sessions_of(ids)
         for session_id in ids:
             if session_id in own and session_id in copied:
                 fields = self._to_set(own[session_id], copied[session_id])

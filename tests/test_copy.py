@@ -308,17 +308,40 @@ def test_what_changes_after_it_was_copied_is_named_and_comes_with_the_next_copy(
     assert contents(target) == contents(store)
 
 
-def test_messages_that_the_target_counts_to_another_session_are_there(
+def test_messages_that_the_target_counts_to_another_session_are_there_and_count_once(
     store: BaseStore, target: BaseStore
 ) -> None:
     store.save_session(session("s"))
     store.save_usage("s", [usage("m1", 3), usage("m2", 4)])
+    store.save_session(session("nothing of its own there"))
+    store.save_usage("nothing of its own there", [usage("m3", 6, cache_read=2)])
     target.save_session(session("first"))
-    target.save_usage("first", [usage("m1", 5)])
+    target.save_usage("first", [usage("m1", 5), usage("m3", 7, cache_read=2)])
     for _ in range(2):
         assert copy_store(store, target).problems == ()
-    assert target.get_usage("first") == [usage("m1", 5)]
+        totals = {one.session_id: one.token_usage for one in target.get_sessions()}
+        assert totals.pop("first") == TokenUsage(
+            total_output=12, total_cache_read=2, total_cache_creation=0
+        )
+        assert totals.pop("s").total_output == 4
+        assert totals == {"nothing of its own there": TokenUsage()}
+    assert target.get_usage("first") == [usage("m1", 5), usage("m3", 7, cache_read=2)]
     assert target.get_usage("s") == [usage("m2", 4)]
+
+
+def test_totals_that_the_target_has_counted_twice_are_set_right(
+    store: BaseStore, target: BaseStore
+) -> None:
+    store.save_session(session("s"))
+    store.save_usage("s", [usage("m1", 3)])
+    given = store.get_session("s")
+    assert given is not None
+    target.save_session(dataclasses.replace(given, label="as it was before"))
+    target.save_session(session("first"))
+    target.save_usage("first", [usage("m1", 3)])
+    store.update_session("s", label="changed since")
+    assert copy_store(store, target).problems == ()
+    assert sum(one.token_usage.total_output for one in target.get_sessions()) == 3
 
 
 def test_a_session_that_goes_meanwhile_does_no_harm(
