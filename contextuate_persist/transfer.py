@@ -29,7 +29,13 @@ from contextuate_persist.errors import (
     InvalidRecord,
     SessionNotFound,
 )
-from contextuate_persist.model import MessageUsage, MonitorEvent, SessionMeta, shown
+from contextuate_persist.model import (
+    MessageUsage,
+    MonitorEvent,
+    SessionMeta,
+    TokenUsage,
+    shown,
+)
 from contextuate_persist.payload import MAX_PAYLOAD_BYTES
 from contextuate_persist.protocol import PersistenceStore
 
@@ -371,6 +377,8 @@ class _Importer:
         else:
             if self._archive is not None and not self._archive.ended:
                 self.refuse(f"{name}:{number + 1}", "file: cut short: the archive has no end")
+        if self._archive is not None:
+            self._begin_session(self._archive)  # cut short after its line, but that was whole
 
     def _take_line(self, place: str, line: bytes | None, *, first: bool) -> None:
         if self._archive is None:
@@ -387,6 +395,8 @@ class _Importer:
         record = _parse_line(line, surrogates=True)
         self._archive.count(line or b"")
         kind = record.get("kind") if isinstance(record, dict) else None
+        if kind != USAGE:
+            self._begin_session(self._archive)
         if kind == EVENT:
             self._read += 1
             event = MonitorEvent.from_wire(record)
@@ -394,10 +404,8 @@ class _Importer:
             self._archive.last_event_id = event.id
         elif kind == SESSION:
             self.flush()
-            self._archive.begin(line or b"")
-            session = SessionMeta.from_wire(record)
-            self._restore(session)
-            self._archive.session_id = session.session_id
+            self._archive.begin(line or b"", place)
+            self._archive.session = SessionMeta.from_wire(record)
         elif kind == USAGE:
             self._archive.usages.append(MessageUsage.from_wire(record))
         elif kind == SESSION_END:
@@ -409,6 +417,21 @@ class _Importer:
             raise InvalidRecord("kind: not one that this version knows in an archive")
 
     # --- Archives -----------------------------------------------------------------------------
+
+    def _begin_session(self, archive: _Archive) -> None:
+        """Save the session that waits, if one does, now that its messages are read."""
+        session, archive.session = archive.session, None
+        if session is None:
+            return
+        if archive.usages:
+            # They may count to another session by now: the ledger alone decides the totals.
+            session = replace(session, token_usage=TokenUsage())
+        try:
+            self._restore(session)
+        except InvalidRecord as error:
+            self.refuse(archive.place, str(error))
+        else:
+            archive.session_id = session.session_id
 
     def _end_session(self, archive: _Archive, end: Mapping[str, Any]) -> None:
         session_id, usages = archive.session_id, archive.usages
@@ -496,13 +519,15 @@ class _Archive:
 
     def __init__(self) -> None:
         self.ended = False
-        self.session_id = self.last_event_id = ""
+        self.session: SessionMeta | None = None  # until its messages are read
+        self.session_id = self.last_event_id = self.place = ""
         self.usages: list[MessageUsage] = []
         self._checksum = self._before = hashlib.sha256()
 
-    def begin(self, line: bytes) -> None:
+    def begin(self, line: bytes, place: str) -> None:
         """A session begins, with this line; which one, its fields tell if they are good."""
         self.session_id, self.last_event_id, self.usages = "", "", []
+        self.place = place
         self._checksum = self._before = hashlib.sha256()
         self.count(line)
 

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -550,6 +551,18 @@ def test_a_damaged_archive_gives_what_can_be_read_and_says_so(
     assert "the archive has no end" in refusal
 
 
+def test_a_session_whose_line_is_the_last_of_a_cut_archive_comes_back(
+    store: BaseStore, tmp_path: Path
+) -> None:
+    store.save_session(session("s", label="kept", **OLD))
+    (path,) = archive(store, tmp_path, POLICY).files
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(b"".join(gzip.decompress(path.read_bytes()).splitlines(keepends=True)[:2]))
+    (refusal,) = import_path(store, cut, undelete=True).refused
+    assert "the archive has no end" in refusal
+    assert [one.label for one in store.get_sessions()] == ["kept"]
+
+
 def test_of_an_archive_of_a_newer_version_nothing_is_stored(
     store: BaseStore, tmp_path: Path
 ) -> None:
@@ -823,6 +836,50 @@ def test_an_import_that_was_killed_within_a_session_is_completed_by_the_next(
     assert content(store) == before
     store.update_session("s", label="goes on", end_time=None)
     before = content(store)
+    import_path(store, path, undelete=True)
+    assert content(store) == before
+
+
+def test_messages_that_count_to_another_session_by_now_are_not_counted_twice(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_session(session("first", label="kept", **OLD))
+    store.save_usage("first", [usage("m1", 10)])
+    store.save_event(event("first"))
+    (path,) = archive(store, tmp_path, POLICY).files
+    # Its transcript begins with that of the session which it goes on with.
+    store.save_session(session("resumed", start_time=NOW))
+    store.save_usage("resumed", [usage("m1", 10)])
+
+    class KilledError(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_usage", mock.Mock(side_effect=KilledError))
+        with pytest.raises(KilledError):
+            import_path(store, path, undelete=True)
+    for _ in range(2):
+        totals = {one.session_id: one.token_usage.total_output for one in store.get_sessions()}
+        assert totals == {"first": 0, "resumed": 10}
+        assert import_path(store, path, undelete=True).refused == ()
+    assert [one.label for one in store.get_sessions()] == [None, "kept"]
+
+
+def test_an_import_that_was_killed_before_it_counted_is_completed_by_the_next(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_session(session("s", **OLD))
+    store.save_usage("s", [usage("m1", 10), usage("m2", 1)])
+    before = content(store)
+    (path,) = archive(store, tmp_path, POLICY).files
+
+    class KilledError(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_usage", mock.Mock(side_effect=KilledError))
+        with pytest.raises(KilledError):
+            import_path(store, path, undelete=True)
     import_path(store, path, undelete=True)
     assert content(store) == before
 
