@@ -1310,6 +1310,10 @@ class BaseStore(ABC):
 
     # --- Copies: what copying.py is made of -------------------------------------------------------
 
+    def clock(self) -> int:
+        """What time the server has, in Unix milliseconds."""
+        return self._run(self._select_now)
+
     def tallies(self) -> dict[str, Tally]:
         """What there is of each session, references included, by id; one query over all."""
         rows = self._run(self._select_tallies)
@@ -1789,6 +1793,10 @@ class BaseStore(ABC):
 
     @abstractmethod
     def _scratch(self, name: str) -> AbstractContextManager[BaseStore]: ...
+
+    @abstractmethod
+    def _select_now(self, connection: Any) -> int:
+        """The time of the server's clock, in Unix milliseconds."""
 
     @abstractmethod
     def _select_tallies(self, connection: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from operator import ge
 from typing import Any
 
 from contextuate_persist import records
-from contextuate_persist.base import CHUNK_ROWS, BaseStore
+from contextuate_persist.base import CHUNK_ROWS, BaseStore, milliseconds
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidBatch,
@@ -44,7 +44,7 @@ class CopyReport:
     were new there or raised. `kept` are sessions that the source has deleted and the target still
     shows. `problems` names what is not in the target and why, the first thousand of them, and
     `problem_count` counts them all; without any, everything is there but what the target has
-    deleted.
+    deleted or changed later.
     """
 
     sessions: int
@@ -65,12 +65,13 @@ def copy_store(
     """Copy everything that an open store holds into another open store, and compare them.
 
     Events keep their order within a session, and their ids, so what is there already is left
-    alone. A session that the target knows, too, is saved over if it was changed later in the
-    source, by the clocks of the servers. Deletions come along: what is late in the source will be
-    late in the target; what the target has deleted stays deleted; and a session that the source
-    has deleted since an earlier copy is kept. Writers need not stop, but only a copy that runs
-    after they have stopped finds all. Raises ConfigurationError if both are one database, and what
-    the stores raise; run again, it goes on.
+    alone. Of a session that the target knows, too, the later change counts, by the servers' clocks,
+    which are compared first. A change is dated when it begins and may then wait for a lock: the
+    target's counts only if it is later by more than the source's `lock_timeout`. Deletions come
+    along: what is late in the source will be late in the target; what the target has deleted stays
+    deleted; and a session that the source has deleted since an earlier copy is kept. Writers need
+    not stop, but only a copy that runs after they have stopped finds all. Raises
+    ConfigurationError if both are one database, and what the stores raise; run again, it goes on.
     """
     if (source.backend, source._place) == (target.backend, target._place):  # noqa: SLF001
         raise ConfigurationError("copy: the source and the target are the same database")
@@ -88,6 +89,7 @@ class _Copier:
         self._source = source
         self._target = target
         self._progress = progress
+        self._ahead, self._doubt = _clocks(source, target)
         self._there = target.tallies()
         self._given = source.tallies()
         self._deletions = source.deletions()
@@ -213,10 +215,22 @@ class _Copier:
     # --- Sessions ---------------------------------------------------------------------------------
 
     def _copy_sessions(self, ids: Sequence[str]) -> dict[str, SessionMeta]:
-        """Save those that are due; the source's, as they were read."""
+        """Save those that are due and not the same already; all that are due, as they were read."""
         found = self._read([*filter(self._is_due, ids)])
-        self._saved += self._save([found[session_id] for session_id in ids if session_id in found])
+        there = self._target.sessions_of([one for one in found if self._is_saved_there(one)])
+        self._saved += self._save(
+            [
+                session
+                for session in (found[session_id] for session_id in ids if session_id in found)
+                if self._is_to_save(session, there.get(session.session_id))
+            ]
+        )
         return found
+
+    def _is_to_save(self, own: SessionMeta, copied: SessionMeta | None) -> bool:
+        if copied is None or self._to_set(own, copied):
+            return True
+        return not set(own.child_session_ids).issubset(copied.child_session_ids)
 
     def _read(self, ids: Sequence[str]) -> dict[str, SessionMeta]:
         """Sessions of the source, without totals that are the sums over their messages.
@@ -240,11 +254,19 @@ class _Copier:
             return self._target.save_sessions(good)
 
     def _is_due(self, session_id: str) -> bool:
-        """Whether somebody has saved the session, and later than the target's."""
-        given, there = self._given[session_id], self._there.get(session_id)
-        if given.known_from != "session":
+        """Whether somebody has saved the session, and the target has no later change of it."""
+        if self._given[session_id].known_from != "session":
             return False
-        return there is None or there.known_from != "session" or there.updated_at < given.updated_at
+        return not self._is_saved_there(session_id) or not self._is_later_there(session_id)
+
+    def _is_saved_there(self, session_id: str) -> bool:
+        there = self._there.get(session_id)
+        return there is not None and there.known_from == "session"
+
+    def _is_later_there(self, session_id: str) -> bool:
+        """Whether the target's session was changed after the source's without any doubt."""
+        given, there = self._given[session_id], self._there[session_id]
+        return there.updated_at - self._ahead - given.updated_at > self._doubt
 
     def _copy_messages(self, session_id: str) -> None:
         given = self._given[session_id]
@@ -285,9 +307,9 @@ class _Copier:
         return sum(self._settle_one(session, copied.get(one)) for one, session in own.items())
 
     def _is_to_settle(self, session_id: str) -> bool:
-        given, there = self._given[session_id], self._there.get(session_id)
-        known = there is not None and there.known_from == "session"
-        return given.known_from != "reference" and (not known or self._is_due(session_id))
+        if self._given[session_id].known_from == "reference":
+            return False
+        return not self._is_saved_there(session_id) or self._is_due(session_id)
 
     def _settle_one(self, own: SessionMeta, copied: SessionMeta | None) -> bool:
         """Set the rest of a session; whether it was new, and not made by saving it before."""
@@ -327,6 +349,16 @@ class _Copier:
         self._problem_count += 1
         if len(self._problems) < PROBLEMS_SHOWN:
             self._problems.append(problem[:_REASON])
+
+
+def _clocks(source: BaseStore, target: BaseStore) -> tuple[int, int]:
+    """How far the target's clock is ahead, and by how much two changes may seem to be exchanged.
+
+    Milliseconds, both. What changes a session waits for its lock, and is dated from before.
+    """
+    before, there, after = source.clock(), target.clock(), source.clock()
+    wait = milliseconds(source._lock_timeout)  # noqa: SLF001
+    return there - (before + after) // 2, wait + after - before
 
 
 def _events_of(tally: Tally | None) -> tuple[int, int]:

@@ -2248,7 +2248,7 @@ class MySQLStore(BaseStore):
         connection = self._connect()
         try:
             start = time.perf_counter()
-            server_now = _execute(connection, SELECT_NOW)[0][0]
+            server_now = self._select_now(connection)
             latency = time.perf_counter() - start
             version = _read_version(connection)
             pure = isinstance(connection, mysql.connector.connection.MySQLConnection)
@@ -2270,6 +2270,10 @@ class MySQLStore(BaseStore):
             )
         finally:
             _close_quietly(connection)
+
+    def _select_now(self, connection: Any) -> int:
+        now: int = _execute(connection, SELECT_NOW)[0][0]
+        return now
 
     def _select_tallies(self, connection: Any) -> list[Any]:
         return _execute(connection, SELECT_TALLIES)

@@ -2592,7 +2592,7 @@ class PostgreSQLStore(BaseStore):
     def _examine(self) -> doctor.Seen:
         with self._connect() as connection:
             start = time.perf_counter()
-            server_now = connection.execute(SELECT_NOW).fetchall()[0][0]
+            server_now = self._select_now(connection)
             latency = time.perf_counter() - start
             parameters = connection.info.get_parameters()
             version = _read_version(connection)
@@ -2612,6 +2612,10 @@ class PostgreSQLStore(BaseStore):
                 wanted=WANTED,
                 answers={name: _answer(connection, query) for name, query in CHECKS.items()},
             )
+
+    def _select_now(self, connection: psycopg.Connection[Any]) -> int:
+        now: int = connection.execute(SELECT_NOW).fetchall()[0][0]
+        return now
 
     def _select_tallies(self, connection: psycopg.Connection[Any]) -> list[Any]:
         return connection.execute(SELECT_TALLIES).fetchall()

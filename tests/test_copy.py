@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -159,19 +161,107 @@ def test_a_second_copy_brings_what_has_come_since(store: BaseStore, target: Base
     assert target.get_events("root") == store.get_events("root")
 
 
-def test_what_was_changed_in_the_target_stays(store: BaseStore, target: BaseStore) -> None:
+@pytest.mark.parametrize("behind", [0, 60])
+def test_what_was_changed_in_the_target_stays_also_if_its_clock_is_behind(
+    store: BaseStore,
+    target: BaseStore,
+    database: Database,
+    target_database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    behind: int,
+) -> None:
     fill(store)
+    redate(database, -30)
     copy_store(store, target)
     target.update_session("root", label="renamed there", is_pinned=False)
     target.update_session("made by events", label="this, too")
     target.save_event(event("root", T0 + 70))
     target.delete_session("a")
+    redate(target_database, -behind)
+    set_clock(target, -behind, monkeypatch)
     report = copy_store(store, target)
     assert report.problem_count == 0
     assert target.get_session("a") is None
     assert len(target.get_events("root")) == len(store.get_events("root")) + 1
     labels = {one.session_id: one.label for one in target.get_sessions()}
     assert (labels["root"], labels["made by events"]) == ("renamed there", "this, too")
+
+
+def redate(database: Database, seconds: int) -> None:
+    """Have all sessions changed so much later, or earlier."""
+    if database.backend == "mysql":
+        change = f"updated_at = updated_at + INTERVAL {seconds} SECOND"
+        database.execute(f"UPDATE sessions SET {change}")
+    else:
+        change = f"updated_at = updated_at + INTERVAL '{seconds} seconds'"
+        trigger = "TRIGGER trigger_sessions_updated_at"
+        database.execute(
+            f"ALTER TABLE sessions DISABLE {trigger};"
+            f"UPDATE sessions SET {change};"
+            f"ALTER TABLE sessions ENABLE {trigger}"
+        )
+
+
+def set_clock(store: BaseStore, seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the server's clock be so much ahead, or behind."""
+    now = store._select_now
+    monkeypatch.setattr(store, "_select_now", lambda connection: now(connection) + seconds * 1000)
+
+
+def change_all(store: BaseStore) -> None:
+    """Change sessions that somebody has saved."""
+    store.update_session("root", label="named since", is_pinned=False)
+    store.update_session("A", label="this, too")
+    store.update_session("a", status="completed", end_time=T0 + 5)
+
+
+def test_what_is_changed_after_a_copy_comes_though_the_targets_clock_is_ahead(
+    store: BaseStore,
+    target: BaseStore,
+    target_database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill(store)
+    copy_store(store, target)
+    redate(target_database, 60)
+    set_clock(target, 60, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "_Copier", changing("compare", lambda: change_all(store)))
+        report = copy_store(store, target)
+    assert sorted(report.problems) == [
+        "A: the session differs in label",
+        "a: the session differs in end_time, status",
+        "root: the session differs in is_pinned, label",
+    ]
+    report = copy_store(store, target)
+    assert (report.saved, report.problems) == (3, ())
+    assert contents(target) == contents(store)
+
+
+def test_a_change_that_waited_for_a_lock_meanwhile_comes_with_the_next_copy(
+    store: BaseStore, target: BaseStore
+) -> None:
+    """It is dated from before the copy that has not seen it."""
+    fill(store)
+    held, release = threading.Event(), threading.Event()
+
+    def hold(connection: Any) -> None:
+        store._lock_sessions(connection, ["root"])
+        held.set()
+        release.wait(20)
+
+    holder = threading.Thread(target=lambda: store._run(hold, transaction=True))
+    holder.start()
+    assert held.wait(20)
+    waiter = threading.Thread(target=lambda: store.update_session("root", label="waited"))
+    waiter.start()
+    time.sleep(0.3)
+    copy_store(store, target)
+    release.set()
+    for thread in (holder, waiter):
+        thread.join(20)
+    assert copy_store(store, target).problems == ()
+    assert contents(target) == contents(store)
 
 
 def test_an_interrupted_copy_goes_on(
