@@ -334,7 +334,12 @@ class _Copier:
         if there is not None and there.messages:
             fields.pop("token_usage", None)  # its ledger decides
         if there is not None and given.known_from == "event":
-            fields = {name: value for name, value in fields.items() if _is_empty(copied, name)}
+            kept = fields if self._is_later_there(own.session_id) else _OF_EVENTS
+            fields = {
+                name: value
+                for name, value in fields.items()
+                if name not in kept or _is_empty(copied, name)
+            }
         return fields
 
     def _compare_sessions(self, ids: Sequence[str]) -> None:
@@ -375,6 +380,8 @@ def _has_counts(there: MessageUsage | None, given: MessageUsage) -> bool:
 
 #: Children are added by saving, and those that say so themselves are found.
 _SETTLED = [name for name in SESSION_CHECKS if name not in ("session_id", "child_session_ids")]
+#: What events tell of their session if nobody has saved it: as they do in the target.
+_OF_EVENTS = ("machine_id", "working_directory", "start_time", "parent_session_id")
 _NOTHING = SessionMeta(
     session_id="",
     machine_id="",

@@ -209,10 +209,11 @@ def set_clock(store: BaseStore, seconds: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def change_all(store: BaseStore) -> None:
-    """Change sessions that somebody has saved."""
+    """Change sessions that somebody has saved, and one that only events have made."""
     store.update_session("root", label="named since", is_pinned=False)
     store.update_session("A", label="this, too")
     store.update_session("a", status="completed", end_time=T0 + 5)
+    store.update_session("made by events", label=None, is_pinned=False, hidden=True)
 
 
 def test_what_is_changed_after_a_copy_comes_though_the_targets_clock_is_ahead(
@@ -231,6 +232,7 @@ def test_what_is_changed_after_a_copy_comes_though_the_targets_clock_is_ahead(
     assert sorted(report.problems) == [
         "A: the session differs in label",
         "a: the session differs in end_time, status",
+        "made by events: the session differs in is_pinned, hidden, label",
         "root: the session differs in is_pinned, label",
     ]
     report = copy_store(store, target)
@@ -260,6 +262,16 @@ def test_a_change_that_waited_for_a_lock_meanwhile_comes_with_the_next_copy(
     release.set()
     for thread in (holder, waiter):
         thread.join(20)
+    assert copy_store(store, target).problems == ()
+    assert contents(target) == contents(store)
+
+
+def test_a_change_of_a_session_that_nobody_has_saved_comes_with_the_next_copy(
+    store: BaseStore, target: BaseStore
+) -> None:
+    fill(store)
+    copy_store(store, target)
+    store.update_session("made by events", label="renamed", is_pinned=False)
     assert copy_store(store, target).problems == ()
     assert contents(target) == contents(store)
 
