@@ -34,6 +34,8 @@ def spool(args: argparse.Namespace, open_given: OpenStore) -> int:
         return _replay_spool(args, open_given)
     directory = _directory(args)
     state = spool_state(directory)
+    for file in state.unreadable:
+        tell(f"{file}; the next writer moves it to damaged")
     dead, damaged = DeadLetters(directory / "dead"), Spool(directory).damaged
     letters = len(dead.ids())
     for aside in (dead.aside, damaged):

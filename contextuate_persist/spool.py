@@ -39,6 +39,8 @@ _CHECKED_FROM = 12  # where in the header the checksum begins
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 _NAME = re.compile(r"(\d{20})-([0-9a-f]{16})\.log")
 _REPLACEMENT = ".replacement"
+# A bad sector, somebody else's file, a directory: one file's own trouble, which does not pass.
+_LASTING = frozenset({errno.EIO, errno.EACCES, errno.EISDIR})
 
 
 class Record(NamedTuple):
@@ -64,6 +66,8 @@ class SpoolState(NamedTuple):
     records: int
     bytes: int
     oldest: int | None
+    unreadable: tuple[str, ...]
+    """Files that count for nothing here, and why; `Spool.open` puts them aside."""
 
 
 class Spool:
@@ -293,7 +297,7 @@ class Spool:
         try:
             data = segment.path.read_bytes()
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.EACCES, errno.EISDIR):
+            if error.errno not in _LASTING:
                 raise
             self._report(f"{segment.path.name}: {error.strerror}")
             # Nobody knows its numbers. When it can be read again, they may seem to be done with.
@@ -414,21 +418,22 @@ class Spool:
 def spool_state(directory: str | Path) -> SpoolState:
     """Look into a spool without taking it; raises SpoolError if there is something in the way."""
     records, size, oldest = 0, 0, None
-    for data_size, waiting in _look(Path(directory)):
+    unreadable: list[str] = []
+    for data_size, waiting in _look(Path(directory), unreadable):
         size += data_size
         for record in waiting:
             records += 1
             oldest = min(record.accepted, oldest or record.accepted)
-    return SpoolState(records, size, oldest)
+    return SpoolState(records, size, oldest, tuple(unreadable))
 
 
 def waiting_records(directory: str | Path) -> Iterator[Record]:
-    """What waits in a spool, without taking it; raises SpoolError as `spool_state` does."""
-    for _, waiting in _look(Path(directory)):
+    """What can be read of what waits in a spool, without taking it; raises as `spool_state`."""
+    for _, waiting in _look(Path(directory), []):
         yield from waiting
 
 
-def _look(directory: Path) -> Iterator[tuple[int, list[Record]]]:
+def _look(directory: Path, unreadable: list[str]) -> Iterator[tuple[int, list[Record]]]:
     """The files of a spool: their sizes, and the records that are not done with."""
     try:
         acknowledged = 0
@@ -438,6 +443,11 @@ def _look(directory: Path) -> Iterator[tuple[int, list[Record]]]:
             try:
                 data = segment.path.read_bytes()
             except FileNotFoundError:  # the process that has the spool is done with it
+                continue
+            except OSError as error:
+                if error.errno not in _LASTING:
+                    raise
+                unreadable.append(f"{segment.path}: {error.strerror}")
                 continue
             records = (record for record, _ in _records(data, segment.mark))
             yield len(data), [record for record in records if record.number > acknowledged]

@@ -405,6 +405,15 @@ def test_a_file_that_cannot_be_set_aside_keeps_no_others_from_being_taken(alone:
     eventually(lambda: alone.ask(do="health")["accepted"] == 1)
 
 
+def test_a_spool_file_that_cannot_be_read_keeps_no_daemon_from_starting(alone: Daemon) -> None:
+    odd = alone.place / "spool" / f"{1:020d}-{'ab' * 8}.log"
+    for place in (odd.parent, odd):
+        place.mkdir(mode=0o700)
+    alone.start()
+    assert alone.ask(do="hook", payload=a_day(1)[0]) == {"safe": True}
+    assert f"unreadable: {odd.name}: Is a directory" in alone.log()
+
+
 def test_while_the_spool_is_full_files_stay_in_the_inbox_which_is_told_once(alone: Daemon) -> None:
     dead = alone.place / "spool" / "dead"
     for place in (dead.parent, dead):

@@ -91,6 +91,16 @@ def test_what_lies_aside_is_told(run: Run, directory: Path, store: BaseStore) ->
     assert (told["deadLetters"], told["asideBytes"]) == (1, aside + 5000)
 
 
+def test_a_file_that_cannot_be_read_is_named_beside_what_waits(run: Run, directory: Path) -> None:
+    fill(5)
+    odd = directory / f"{1:020d}-{'ab' * 8}.log"
+    odd.mkdir()
+    status, out, err = run("spool", "status")
+    assert status == 0
+    assert "5 wait, the oldest" in out
+    assert err == f"{odd}: Is a directory; the next writer moves it to damaged\n"
+
+
 def test_what_cannot_be_stored_in_time_stays(
     run: Run, directory: Path, store: BaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from contextuate_persist import ConfigurationError, SpoolError
 from contextuate_persist.dead_letters import DeadLetters
 from contextuate_persist.queued import Refused
-from contextuate_persist.spool import Record, Spool, spool_state
+from contextuate_persist.spool import Record, Spool, spool_state, waiting_records
 
 
 @pytest.fixture
@@ -283,13 +283,33 @@ def test_a_file_that_somebody_has_removed_is_reported(directory: Path) -> None:
 
 
 def test_the_state_tells_what_waits_without_taking_the_spool(directory: Path) -> None:
-    assert spool_state(directory) == (0, 0, None)
+    assert spool_state(directory) == (0, 0, None, ())
     spool = opened(directory)
     spool.append(records(1, 5))
     spool.acknowledge(2)
-    assert spool_state(directory) == (3, spool.size, 1003)
+    assert spool_state(directory) == (3, spool.size, 1003, ())
     spool.close()
     assert spool_state(directory).records == 3
+
+
+def test_what_cannot_be_read_of_a_spool_is_told_beside_what_can(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory, segment_bytes=100)
+    spool.append(records(1, 5))
+    spool.append(records(6, 5))
+    spool.close()
+    first, second = segments(directory)
+    with monkeypatch.context() as patch:
+        unreadable(first, patch)
+        state = spool_state(directory)
+        assert state[:3] == (5, second.stat().st_size, 1006)
+        assert state.unreadable == (f"{first}: Permission denied",)
+        assert [*waiting_records(directory)] == records(6, 5)
+        patch.setattr(Path, "read_bytes", failing(errno.EMFILE))
+        with pytest.raises(SpoolError, match="Too many open files"):
+            spool_state(directory)
+    assert spool_state(directory).records == 10
 
 
 def test_the_files_are_for_their_owner_only(directory: Path) -> None:

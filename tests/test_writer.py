@@ -254,7 +254,7 @@ def test_what_was_safe_is_stored_by_the_next_writer(
     got = store.get_session("s")
     assert got is not None
     assert (got.status, got.label, got.token_usage.total_output) == ("error", None, 3)
-    assert spool_state(directory) == (0, 0, None)
+    assert spool_state(directory) == (0, 0, None, ())
 
 
 def test_without_failures_nothing_goes_to_disk_if_so_chosen(
