@@ -55,8 +55,14 @@ AGAIN_SECONDS = 2.0  # between tries while the database is away, or the disk is 
 DAY = 86_400_000  # ms
 KNOWN_SESSIONS = 10_000  # whose state is kept in memory
 CAUGHT_UP = 2_000  # sessions that run, and events, which are looked at when it starts
+# The database is away, full or unwilling, altogether or for one session.
+PASSING = (StoreUnavailable, StoreRefused, StorageFull)
 BY_PEOPLE = ("label", "is_pinned", "hidden", "manual_parent_session_id")
 SETTABLE = {SESSION_WIRE[name]: name for name in BY_PEOPLE}
+
+# What events tell their session once they are stored, and the transcripts to read then.
+News = tuple[SessionState, frozenset[str]]
+NO_NEWS: News = (SessionState(), frozenset())
 
 
 class Monitor:
@@ -68,12 +74,10 @@ class Monitor:
         self.spool = spool
         self.writer = AsyncEventWriter(EventWriter(store, spool_directory=spool))
         self.inbox = Inbox(inbox)
-        self._reachable = asyncio.Event()
         self._states: dict[str, SessionState] = {}
         self._offsets: dict[str, int] = {}
-        # What events tell their sessions once they are stored, and the transcripts to read then. Of
-        # the events themselves there may be more than fit into memory while the database is away.
-        self._news: dict[str, tuple[SessionState, frozenset[str]]] = {}
+        # Not the events: while the database is away, there may be more than fit into memory.
+        self._news: dict[str, News] = {}
         self._last: AsyncReceipt | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -90,8 +94,8 @@ class Monitor:
                 # Replaces a socket that is there, of a daemon that was killed, but no other file.
                 server = await asyncio.start_unix_server(self.serve, path, limit=2**26)
                 ours = path.stat().st_ino
-                self._begin(self._reach_database(left.oldest))
-                work = [self._begin(one) for one in (self._take_files(), self._follow())]
+                parts = (self._take_files(), self._follow(left.oldest))
+                work = [self._begin(one) for one in parts]
                 told = self._begin(stop.wait())
                 await asyncio.wait([told, *work], return_when=asyncio.FIRST_COMPLETED)
                 server.close()
@@ -113,38 +117,6 @@ class Monitor:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("a task failed", exc_info=error)
-
-    async def _reach_database(self, left_since: int | None) -> None:
-        while not self._reachable.is_set():
-            try:
-                await self.store.init()
-                self._reachable.set()
-            except PersistenceError as error:
-                log.warning("the database is away: %s", error)
-                await asyncio.sleep(AGAIN_SECONDS)
-        await self.writer.flush()
-        await self._patiently(lambda: self._catch_up(left_since))
-
-    async def _catch_up(self, left_since: int | None) -> None:
-        """Note what an earlier process has stored, or left in the spool, and told no session."""
-        for session in await self.store.get_sessions(status="active", limit=CAUGHT_UP):
-            self._news.setdefault(session.session_id, (SessionState(), frozenset()))
-        for event in await self.store.get_all_recent_events(CAUGHT_UP):
-            self._note(event)
-        if left_since is not None:
-            # What was spooled then may have lain in the inbox before.
-            async for event in self.store.iter_events(after=left_since - DAY):
-                self._note(event)
-
-    async def _patiently(self, work: Callable[[], Awaitable[Any]]) -> Any:
-        """Do something with the database, again while it is away or full."""
-        while True:
-            await self._reachable.wait()
-            try:
-                return await work()
-            except (StoreUnavailable, StoreRefused, StorageFull) as error:
-                log.warning("trying again: %s", error)
-                await asyncio.sleep(AGAIN_SECONDS)
 
     # --- What hooks tell --------------------------------------------------------------------------
 
@@ -191,45 +163,86 @@ class Monitor:
     # --- Sessions follow their events -------------------------------------------------------------
 
     def _note(self, event: MonitorEvent) -> None:
-        state, paths = self._news.get(event.session_id, (SessionState(), frozenset()))
-        if path := usage_path(event):
-            paths |= {path}
-        self._news[event.session_id] = (state | SessionState.of(event), paths)
+        path = usage_path(event)
+        self._add(event.session_id, (SessionState.of(event), frozenset({path} if path else ())))
 
-    async def _follow(self) -> None:
+    def _add(self, session_id: str, news: News) -> None:
+        known = self._news.get(session_id, NO_NEWS)
+        self._news[session_id] = (known[0] | news[0], known[1] | news[1])
+
+    async def _follow(self, left_since: int | None) -> None:
         """Let sessions know what their events tell, once these are stored."""
+        # A private database that is to be made on a full disk raises OSError.
+        await _patiently(self.store.init, (PersistenceError, OSError))
+        self._begin(self._catch_up(left_since))
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             news, self._news = self._news, {}
             if self._last is not None:
                 await self._last.wait_stored()
-            for session_id, (state, paths) in news.items():
-                try:
-                    await self._tell(session_id, state, paths)
-                except Exception:  # one session's trouble is not another's
-                    log.exception("session %s does not follow its events", ascii(session_id))
+            troubles = [error for one in news.items() if (error := await self._tell(*one))]
+            if troubles:
+                log.warning(
+                    "%d sessions do not follow their events yet: %s", len(troubles), troubles[0]
+                )
+                await asyncio.sleep(AGAIN_SECONDS)
 
-    async def _tell(self, session_id: str, state: SessionState, paths: frozenset[str]) -> None:
-        known = self._states.pop(session_id, None)
-        if known is None:
-            events = await self._patiently(lambda: self.store.get_events(session_id))
-            known = SessionState.of(*events)
-            paths |= {path for event in events if (path := usage_path(event))}
-        state |= known
-        if len(self._states) >= KNOWN_SESSIONS:
-            self._states.clear()  # what is needed again is read again
-        self._states[session_id] = state
-        with contextlib.suppress(SessionNotFound):  # deleted, and nothing newer came
-            session = await self._patiently(lambda: self.store.get_session(session_id))
+    async def _catch_up(self, left_since: int | None) -> None:
+        """Note what an earlier process has stored, or left in the spool, and told no session."""
+        await self.writer.flush()
+        looks = [self._note_running, self._note_recent]
+        if left_since is not None:
+            # What was spooled then may have lain in the inbox before.
+            looks.append(lambda: self._note_after(left_since - DAY))
+        for look in looks:  # each on its own: a stored event that is damaged ends but one
+            self._begin(_patiently(look, PASSING))
+
+    async def _note_running(self) -> None:
+        for session in await self.store.get_sessions(status="active", limit=CAUGHT_UP):
+            self._add(session.session_id, NO_NEWS)
+
+    async def _note_recent(self) -> None:
+        for event in await self.store.get_all_recent_events(CAUGHT_UP):
+            self._note(event)
+
+    async def _note_after(self, when: int) -> None:
+        async for event in self.store.iter_events(after=when):
+            self._note(event)
+
+    async def _tell(self, session_id: str, news: News) -> Exception | None:
+        """Tell a session its news; what it cannot be told just now stays news, and this is why.
+
+        One session's trouble is not another's.
+        """
+        state, paths = news
+        try:
+            known = self._states.pop(session_id, None)
+            if known is None:
+                events = await self.store.get_events(session_id)
+                known = SessionState.of(*events)
+                paths |= {path for event in events if (path := usage_path(event))}
+            state |= known
+            if len(self._states) >= KNOWN_SESSIONS:
+                self._states.clear()  # what is needed again is read again
+            self._states[session_id] = state
+            session = await self.store.get_session(session_id)
             if session and (fields := state.updates(session)):
-                await self._patiently(lambda: self.store.update_session(session_id, **fields))
+                await self.store.update_session(session_id, **fields)
             for path in paths:
                 await self._count_tokens(session_id, path)
+        except SessionNotFound:  # deleted, and nothing newer came
+            pass
+        except PASSING as error:
+            self._add(session_id, (state, paths))
+            return error
+        except Exception:
+            log.exception("session %s does not follow its events", ascii(session_id))
+        return None
 
     async def _count_tokens(self, session_id: str, path: str) -> None:
         with contextlib.suppress(OSError):  # somebody else's file: no reason to stumble
             reading = await asyncio.to_thread(read_usage, path, self._offsets.get(path, 0))
-            await self._patiently(lambda: self.store.save_usage(session_id, reading.usages))
+            await self.store.save_usage(session_id, reading.usages)
             self._offsets[path] = reading.offset
 
     # --- Questions --------------------------------------------------------------------------------
@@ -277,6 +290,20 @@ class Monitor:
         else:
             raise ValueError(f"nobody knows how to do {do!r}")
         return {"done": True}
+
+
+async def _patiently(
+    work: Callable[[], Awaitable[object]], passing: tuple[type[Exception], ...]
+) -> None:
+    """Do something with the database, again after errors that may pass."""
+    while True:
+        try:
+            await work()
+        except passing as error:
+            log.warning("trying again: %s", error)
+            await asyncio.sleep(AGAIN_SECONDS)
+        else:
+            return
 
 
 def require_unused(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import gc
 import json
 import os
@@ -18,12 +19,24 @@ from typing import Any
 
 import pytest
 
-from contextuate_persist import AsyncEventWriter, EventWriter, MonitorEvent, inbox, open_store
+from contextuate_persist import (
+    AsyncEventWriter,
+    AsyncStore,
+    ConfigurationError,
+    EventWriter,
+    MonitorEvent,
+    PersistenceError,
+    StoreUnavailable,
+    inbox,
+    open_store,
+)
 from contextuate_persist.base import BaseStore
 from contextuate_persist.hooks import hook_event, new_event_id, payload_of, session_key
+from examples import monitor_daemon
 from examples.monitor_daemon import Monitor
 from tests.builders import T0
 from tests.conftest import Database
+from tests.test_poison import REFUSE, trigger
 
 ROOT = Path(__file__).parent.parent
 NOWHERE = "postgresql://127.0.0.1:1/nobody?connect_timeout=1"
@@ -276,6 +289,70 @@ def test_what_an_earlier_daemon_stored_last_reaches_its_sessions(
     assert told(store, "s")[0] == "completed"
 
 
+def test_a_session_that_is_refused_keeps_no_other_from_following(
+    daemon: Daemon, store: BaseStore, database: Database
+) -> None:
+    transcript = daemon.place / "t.jsonl"
+    transcript.write_text(json.dumps(LINE) + "\n")
+    daemon.start()
+    refused = "NEW.session_id = 'refused' AND NEW.status = 'completed'"
+    with trigger(database, "sessions", refused, REFUSE):
+        for session in ("refused", "other"):
+            for name in ("SessionStart", "SessionEnd"):
+                payload = {"session_id": session, "transcript_path": str(transcript)}
+                assert daemon.ask(do="hook", payload={**payload, "hook_event_name": name})["safe"]
+        eventually(lambda: told(store, "other")[0] == "completed")
+        assert told(store, "refused")[0] == "active"
+        eventually(lambda: "1 sessions do not follow their events yet" in daemon.log())
+    eventually(lambda: told(store, "refused")[0] == "completed")
+    eventually(lambda: tokens(store, "refused")[0] + tokens(store, "other")[0] == 10)
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("init", OSError(errno.ENOSPC, "No space left on device")),
+        ("init", ConfigurationError("no binaries")),
+        ("get_sessions", StoreUnavailable("away")),
+        ("get_sessions", PersistenceError("a stored session cannot be read")),
+    ],
+)
+def test_what_fails_when_a_daemon_starts_keeps_no_session_from_following(
+    database: Database,
+    store: BaseStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    error: Exception,
+) -> None:
+    store.save_event(at(T0, "s", "SessionEnd"))
+    monkeypatch.setattr(monitor_daemon, "AGAIN_SECONDS", 0.05)
+    original = getattr(AsyncStore, method)
+    calls = 0
+
+    async def fail_once(self: AsyncStore, *arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise error
+        return await original(self, *arguments, **named)
+
+    monkeypatch.setattr(AsyncStore, method, fail_once)
+
+    async def follow() -> None:
+        monitor = Monitor(database.url, tmp_path / "inbox", tmp_path / "spool")
+        stop = asyncio.Event()
+        running = asyncio.create_task(monitor.run(stop, tmp_path / "s"))
+        try:
+            await asyncio.to_thread(eventually, lambda: told(store, "s")[0] == "completed", 20)
+        finally:
+            stop.set()
+            await running
+
+    asyncio.run(follow())
+    assert calls
+
+
 def test_while_the_database_is_away_memory_holds_no_event_that_is_safe(tmp_path: Path) -> None:
     async def take_many() -> tuple[int, int]:
         monitor = Monitor(NOWHERE, tmp_path / "inbox", tmp_path / "spool")
@@ -343,13 +420,18 @@ def test_an_event_that_redaction_fails_on_is_set_aside_and_keeps_no_others_waiti
     assert "redact failed" in (alone.inbox / "bad" / f"{second}.why").read_text()
 
 
+@pytest.mark.parametrize(("part", "method"), [(inbox.Inbox, "take"), (AsyncStore, "init")])
 def test_a_daemon_whose_work_ends_is_over(
-    alone: Daemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    alone: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    part: type,
+    method: str,
 ) -> None:
     def broken(self: Any) -> Any:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(inbox.Inbox, "take", broken)
+    monkeypatch.setattr(part, method, broken)
     alone.place.joinpath("spool").mkdir(mode=0o700)
     monitor = Monitor(NOWHERE, alone.inbox, alone.place / "spool")
 
