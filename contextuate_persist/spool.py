@@ -54,6 +54,7 @@ class Record(NamedTuple):
 @dataclass
 class _Segment:
     path: Path
+    first: int
     mark: bytes
     last: int = 0
     size: int = 0
@@ -273,7 +274,10 @@ class Spool:
 
     def _mark_acknowledged(self) -> None:
         assert self._marking is not None  # noqa: S101  (open)
-        os.pwrite(self._marking, b"%020d\n" % self.acknowledged, 0)
+        # What is unreadable of a file that is still in its place comes again, if the disk reads it.
+        kept = [one for one in self._segments if one.keep and one.last <= self.acknowledged]
+        number = min([self.acknowledged, *(one.first - 1 for one in kept)])
+        os.pwrite(self._marking, b"%020d\n" % number, 0)
 
     # --- Files ------------------------------------------------------------------------------------
 
@@ -380,7 +384,8 @@ class Spool:
                 self._end_segment()
         if self._writing is None:
             mark = secrets.token_bytes(8)
-            path = self.directory / f"{self.last + 1:020d}-{mark.hex()}.log"
+            first = self.last + 1
+            path = self.directory / f"{first:020d}-{mark.hex()}.log"
             writing = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
             try:
                 sync_directory(self.directory)
@@ -389,7 +394,7 @@ class Spool:
                 path.unlink()
                 raise
             self._writing = writing
-            self._segments.append(_Segment(path, mark))
+            self._segments.append(_Segment(path, first, mark))
         return self._segments[-1]
 
     def _end_segment(self, truncate: int | None = None) -> None:
@@ -458,7 +463,9 @@ def _look(directory: Path, unreadable: list[str]) -> Iterator[tuple[int, list[Re
 def _segments_of(directory: Path) -> list[_Segment]:
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     found = ((directory / name, _NAME.fullmatch(name)) for name in names)
-    return [_Segment(path, bytes.fromhex(match[2])) for path, match in found if match]
+    return [
+        _Segment(path, int(match[1]), bytes.fromhex(match[2])) for path, match in found if match
+    ]
 
 
 def _packed(records: Iterable[Record], mark: bytes) -> bytes:

@@ -372,6 +372,31 @@ def test_a_file_that_the_disk_does_not_read_is_kept_aside(
     assert (directory / "damaged" / first.name).exists()
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_what_was_unreadable_and_could_not_be_moved_is_there_after_a_restart(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    """A file that is written to is not moved at once, either."""
+    spool = opened(directory, segment_bytes=100)
+    for n in range(files):
+        spool.append(records(1 + 5 * n, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing(errno.EIO))
+        assert everything(spool) == []
+        patch.setattr(Path, "mkdir", failing(errno.ENOSPC))
+        spool.acknowledge(5 * files)
+    spool.forget()  # killed
+    again = Spool(directory)
+    assert again.open() == 5 * files
+    assert everything(again) == records(1, 5 * files)
+    again.acknowledge(5 * files)
+    again.close()
+    third = Spool(directory)
+    assert third.open() == 0
+    assert third.last == 5 * files
+    third.close()
+
+
 def unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a spool that opens not read a file, whoever runs the tests."""
     original = Path.read_bytes
