@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,9 @@ def leave(directory: str | Path, body: bytes) -> str:
     return name
 
 
+_inboxes: weakref.WeakSet[Inbox] = weakref.WeakSet()
+
+
 class Inbox:
     """The taking side of an inbox: one process at a time, files in the order of their names."""
 
@@ -80,6 +84,7 @@ class Inbox:
         self._taken: set[str] = set()
         self._unread: set[str] = set()
         self._begun: dict[str, tuple[float, tuple[int, int]]] = {}
+        _inboxes.add(self)
 
     def open(self) -> None:
         """Take the inbox for this process; makes the directory.
@@ -101,6 +106,12 @@ class Inbox:
 
     def close(self) -> None:
         """Let go of the inbox. A second call does nothing."""
+        if self._locking is not None:
+            # In so many words: a child that is just being forked may have the file open, too.
+            fcntl.flock(self._locking, fcntl.LOCK_UN)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._locking is not None:
             os.close(self._locking)
             self._locking = None
@@ -225,10 +236,21 @@ def remove_file(path: Path) -> None:
 def _read(path: Path) -> bytes:
     # Neither a link to somebody else's file nor a pipe that never ends.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is no file")
         if found.st_size > MAX_FILE_BYTES:
             raise ValueError(f"it has {found.st_size:,} bytes, at most {MAX_FILE_BYTES:,} fit")
-        return file.read()
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _after_fork() -> None:  # pragma: no cover  (in a forked child)
+    for inbox in _inboxes:
+        inbox._let_go()  # noqa: SLF001  (the lock stays the parent's)
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -93,7 +93,9 @@ def test_what_is_no_file_of_ours_is_set_aside_and_told(
     (place / "directory").mkdir()
     (place / "large").write_bytes(b"x" * 11)
     with Inbox(place) as inbox:
+        before = os.listdir("/proc/self/fd")
         assert list(inbox.take()) == [(good, b"good")]
+        assert os.listdir("/proc/self/fd") == before
         inbox.set_aside(good, "no JSON \udcff")
         assert list(inbox.take()) == []
         inbox.set_aside("gone", "it was there a moment ago")
@@ -158,6 +160,27 @@ except Exception as error:
             Inbox(tmp_path).open()
     done = subprocess.run([sys.executable, "-c", program], check=False)
     assert done.returncode == 0
+
+
+def test_a_forked_child_does_not_hold_the_inbox(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path)
+    inbox.open()
+    waiting, ending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ending)
+        os.read(waiting, 1)  # until the parent closes its end
+        os._exit(0)
+    try:
+        with pytest.raises(ConfigurationError):
+            Inbox(tmp_path).open()
+        inbox.close()
+        with Inbox(tmp_path):
+            pass
+    finally:
+        for descriptor in (waiting, ending):
+            os.close(descriptor)
+        os.waitpid(child, 0)
 
 
 def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
