@@ -33,7 +33,7 @@ from contextuate_persist.errors import (
 from contextuate_persist.model import MessageUsage, MonitorEvent, SessionMeta
 from contextuate_persist.records import Weight
 from contextuate_persist.retention import Progress, PruneReport, RetentionPolicy, Tree
-from contextuate_persist.spool import sync_directory
+from contextuate_persist.spool import make_directory, sync_directory
 
 if TYPE_CHECKING:
     from contextuate_persist.base import BaseStore
@@ -126,10 +126,7 @@ def archive(
 @contextmanager
 def _sole_archiver(directory: Path) -> Iterator[Path]:
     """The directory, made if need be, for this process alone, and without half files."""
-    missing = [one for one in (directory, *directory.parents) if not one.exists()]
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for one in missing:  # or a power loss may take it, with all that is in it
-        sync_directory(one.parent)
+    make_directory(directory)
     descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

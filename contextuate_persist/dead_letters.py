@@ -18,7 +18,7 @@ from contextuate_persist.errors import InvalidRecord, SpoolError
 from contextuate_persist.model import MonitorEvent, SessionMeta, TokenUsage
 from contextuate_persist.queued import Refused, Update, Value
 from contextuate_persist.records import EventRow
-from contextuate_persist.spool import sync_directory
+from contextuate_persist.spool import make_directory, sync_directory
 
 _NAME = re.compile(r"(\d{1,16}-[0-9a-f]{12})\.json")
 
@@ -52,7 +52,7 @@ class DeadLetters:
         The same content with the same number in the queue is the same letter: it may come again
         after a restart, or where the disk has failed.
         """
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(self.directory)
         text = _told(content, accepted)
         letter_id = f"{accepted}-{hashlib.sha256(b'%d %b' % (number, text)).hexdigest()[:12]}"
         self._write(letter_id, text)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from contextuate_persist.config import home_path
 from contextuate_persist.errors import ConfigurationError, SpoolError
-from contextuate_persist.spool import sync_directory
+from contextuate_persist.spool import make_directory, sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def leave(directory: str | Path, body: bytes) -> str:
     Raises OSError; it may then be there nevertheless, where only its name could not be flushed.
     """
     place = Path(directory)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_directory(place)
     name = f"{time.time_ns():020d}-{secrets.token_hex(16)}.json"
     hidden = place / f".{name}"
     descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -92,7 +92,7 @@ class Inbox:
         Raises ConfigurationError while another process has it, SpoolError if it cannot be used.
         """
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(self.directory)
             self._locking = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._locking, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -103,9 +103,9 @@ class Spool:
             raise SpoolError(f"{self.directory}: the writer before still waits for its disk")
         self.damages = []
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(self.directory)
             _require_private(self.directory)
-            sync_directory(self.directory.parent)
+            sync_directory(self.directory.parent)  # whoever made it may have been killed meanwhile
             self._lock()
             path = self.directory / "acknowledged"
             self._marking = os.open(path, _FILE, 0o600)
@@ -535,6 +535,14 @@ def _write(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and what is missing above it, to survive a power loss; raises OSError."""
+    missing = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in missing:
+        sync_directory(one.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contextuate_persist import ConfigurationError, SpoolError
+from contextuate_persist import ConfigurationError, SpoolError, inbox
 from contextuate_persist.dead_letters import DeadLetters
 from contextuate_persist.queued import Refused
 from contextuate_persist.spool import Record, Spool, spool_state, waiting_records
+from tests.builders import T0
 
 
 @pytest.fixture
@@ -310,6 +312,35 @@ def test_what_cannot_be_read_of_a_spool_is_told_beside_what_can(
         with pytest.raises(SpoolError, match="Too many open files"):
             spool_state(directory)
     assert spool_state(directory).records == 10
+
+
+def take(place: Path) -> None:
+    with inbox.Inbox(place):
+        pass
+
+
+MAKERS: dict[str, Callable[[Path], object]] = {
+    "spool": lambda place: opened(place).close(),
+    "dead letter": lambda place: DeadLetters(place).add(Refused("event", {}, "why"), T0),
+    "file in the inbox": lambda place: inbox.leave(place, b"x"),
+    "inbox": take,
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_name_of_each_new_directory_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: str
+) -> None:
+    flushed: set[str] = set()
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    MAKERS[maker](tmp_path / "home" / "monitor" / "place")
+    assert {str(tmp_path / part) for part in (".", "home", "home/monitor")} <= flushed
 
 
 def test_the_files_are_for_their_owner_only(directory: Path) -> None:
