@@ -82,7 +82,8 @@ class Inbox:
         self.directory = Path(directory)
         self._locking: int | None = None
         self._taken: set[str] = set()
-        self._unread: set[str] = set()
+        self._waiting: set[str] = set()  # of which that was told
+        self._unclear: dict[str, str] = {}  # to be set aside, and why
         self._begun: dict[str, tuple[float, tuple[int, int]]] = {}
         _inboxes.add(self)
 
@@ -115,7 +116,7 @@ class Inbox:
         if self._locking is not None:
             os.close(self._locking)
             self._locking = None
-        self._taken, self._unread, self._begun = set(), set(), {}
+        self._taken, self._waiting, self._unclear, self._begun = set(), set(), {}, {}
 
     def __enter__(self) -> Inbox:  # noqa: PYI034  (Self needs Python 3.11)
         """Call `open()`."""
@@ -132,6 +133,8 @@ class Inbox:
         Each stays until `done` or `set_aside`, or comes again after `give_back`. What cannot be
         read just now is for a later look.
         """
+        for name, reason in [*self._unclear.items()]:
+            self.set_aside(name, reason)
         found = os.listdir(self.directory)
         self._remove_left([name for name in found if _BEGUN.fullmatch(name)])
         for name in sorted(name for name in found if self._is_new(name)):
@@ -143,19 +146,19 @@ class Inbox:
                 continue
             except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno not in _LASTING:
-                    self._tell_unread(name, error)
+                    self._tell_waiting(name, error)
                 else:
                     self.set_aside(name, str(error))
                 continue
             limit -= 1
-            self._unread.discard(name)
+            self._waiting.discard(name)
             self._taken.add(name)
             yield name, body
 
-    def _tell_unread(self, name: str, error: OSError) -> None:
+    def _tell_waiting(self, name: str, error: OSError) -> None:
         """Once: it is looked at many times a second."""
-        if name not in self._unread:
-            self._unread.add(name)
+        if name not in self._waiting:
+            self._waiting.add(name)
             log.warning("inbox %s: %s waits: %s", self.directory, ascii(name), error)
 
     def _remove_left(self, names: list[str]) -> None:
@@ -188,16 +191,28 @@ class Inbox:
         self._taken.discard(name)
 
     def set_aside(self, name: str, reason: str) -> None:
-        """Nobody can make anything of this file: move it to `bad`, beside a note that says why."""
-        log.warning("inbox %s: %s is set aside: %s", self.directory, ascii(name), reason)
+        """Nobody can make anything of this file: move it to `bad`, beside a note that says why.
+
+        Where it cannot be moved, each later `take` tries that again.
+        """
         bad = self.directory / _BAD
-        bad.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            bad.mkdir(mode=0o700, exist_ok=True)
             (self.directory / name).rename(bad / name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._tell_waiting(name, error)
+            self._taken.add(name)
+            self._unclear[name] = reason
+            return
+        else:
+            log.warning("inbox %s: %s is set aside: %s", self.directory, ascii(name), reason)
             with contextlib.suppress(OSError):  # a full disk; the log has the reason, too
                 note = bad / f"{name}{_WHY}"
                 note.write_text(reason + "\n", encoding="utf-8", errors="replace")
         self._taken.discard(name)
+        self._unclear.pop(name, None)
 
 
 def all_files(directory: str | Path, *, begun: bool = False) -> Iterator[tuple[Path, bytes | None]]:

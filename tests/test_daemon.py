@@ -480,11 +480,13 @@ def test_without_options_the_inbox_is_the_one_that_hooks_use(alone: Daemon) -> N
 
 
 def test_a_file_that_cannot_be_set_aside_keeps_no_others_from_being_taken(alone: Daemon) -> None:
-    inbox.leave(alone.inbox, b"nobody understands this")
+    name = inbox.leave(alone.inbox, b"nobody understands this")
     (alone.inbox / "bad").write_bytes(b"in the way")
     inbox.leave(alone.inbox, file_of(a_day(1)[0], T0))
     alone.start()
     eventually(lambda: alone.ask(do="health")["accepted"] == 1)
+    (alone.inbox / "bad").unlink()
+    eventually(lambda: (alone.inbox / "bad" / name).exists(), 10)
 
 
 def test_a_spool_file_that_cannot_be_read_keeps_no_daemon_from_starting(alone: Daemon) -> None:

@@ -141,6 +141,27 @@ def test_a_file_whose_note_cannot_be_written_is_set_aside_nevertheless(tmp_path:
         assert inbox._taken == {names[1]}
 
 
+def test_what_cannot_be_set_aside_holds_up_nobody_and_is_once_it_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "0").mkdir()  # sorts before the others
+    unclear, good = (leave(tmp_path, body) for body in (b"unclear", b"good"))
+    (tmp_path / "bad").write_bytes(b"in the way")
+    with Inbox(tmp_path) as inbox:
+        assert [name for name, _ in inbox.take()] == [unclear, good]
+        inbox.set_aside(unclear, "no JSON")
+        for _ in range(3):
+            assert list(inbox.take()) == []
+        for name in ("0", unclear):
+            assert caplog.text.count(f"{name!a} waits: ") == 1
+        assert "is set aside" not in caplog.text
+        (tmp_path / "bad").unlink()
+        assert list(inbox.take()) == []
+        assert inbox._taken == {good}
+    notes = {path.name: path.read_text() for path in (tmp_path / "bad").glob("*.why")}
+    assert notes == {"0.why": "it is no file\n", f"{unclear}.why": "no JSON\n"}
+
+
 def test_one_process_takes_at_a_time(tmp_path: Path) -> None:
     program = f"""
 import sys
