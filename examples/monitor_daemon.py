@@ -4,7 +4,8 @@ Hooks leave files in the inbox (`emit_event.py`). On the unix socket each line i
 and so is the answer: {"do": "sessions"}, {"do": "events", "session": ID, "limit": 50, "before":
 CURSOR}, {"do": "event", "session": ID, "id": ID}, {"do": "recent"}, {"do": "tree"}, {"do":
 "health"}, {"do": "set", "session": ID, "label": TEXT, "isPinned": true}, {"do": "delete",
-"session": ID}, {"do": "hook", "payload": {...}}. After SIGTERM the next start goes on.
+"session": ID}, {"do": "hook", "payload": {...}, "id": UUID, "capturedAt": MS}. With the last
+two a client may tell again what it got no answer to. After SIGTERM the next start goes on.
 """
 
 from __future__ import annotations
@@ -263,8 +264,12 @@ class Monitor:
         store, do, limit = self.store, request["do"], request.get("limit", 100)
         session_id = request.get("session", "")
         if do == "hook":
-            now, machine = time.time_ns() // 1_000_000, socket.gethostname()
-            event = hook_event(request["payload"], captured_at=now, machine_id=machine)
+            event = hook_event(
+                request["payload"],
+                captured_at=request.get("capturedAt", time.time_ns() // 1_000_000),
+                machine_id=socket.gethostname(),
+                event_id=request.get("id"),
+            )
             receipt = await self.take(event)
             return {"safe": receipt is None or await receipt.wait_safe()}
         if do == "sessions":

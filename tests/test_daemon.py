@@ -227,6 +227,20 @@ def test_questions_are_answered_and_people_may_change_sessions(
     assert daemon.socket.stat().st_mode & 0o077 == 0
 
 
+def test_a_hook_that_is_told_again_by_its_id_is_one_event(daemon: Daemon, store: BaseStore) -> None:
+    daemon.start()
+    name, when = new_event_id(T0), T0 + 7
+    payload = {"session_id": "s", "hook_event_name": "UserPromptSubmit", "prompt": "x"}
+    for given in (name, name.upper()):  # the first answer was lost
+        told_of = daemon.ask(do="hook", payload=payload, id=given, capturedAt=when)
+        assert told_of == {"safe": True}
+    eventually(lambda: daemon.ask(do="health")["pending"] == 0)
+    assert [(one.id, one.timestamp) for one in store.get_events("s")] == [(name, when)]
+    for field, value in (("id", "mine"), ("id", 5), ("capturedAt", "today"), ("capturedAt", 1)):
+        answer = daemon.ask(do="hook", payload=payload, **{field: value})
+        assert answer["error"].startswith("InvalidRecord")
+
+
 LINE = {
     "type": "assistant",
     "timestamp": "2026-01-05T09:00:00.000Z",
