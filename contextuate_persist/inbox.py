@@ -79,7 +79,7 @@ class Inbox:
     """The taking side of an inbox: one process at a time, files in the order of their names."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(os.path.abspath(directory))  # wherever the process goes later
         self._locking: int | None = None
         self._taken: set[str] = set()
         self._waiting: set[str] = set()  # of which that was told

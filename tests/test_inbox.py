@@ -162,6 +162,19 @@ def test_what_cannot_be_set_aside_holds_up_nobody_and_is_once_it_can(
     assert notes == {"0.why": "it is no file\n", f"{unclear}.why": "no JSON\n"}
 
 
+def test_an_inbox_stays_where_it_was_when_the_process_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = leave("in", b"x")
+    (tmp_path / "elsewhere").mkdir()
+    with Inbox("in") as inbox:
+        monkeypatch.chdir("elsewhere")
+        assert list(inbox.take()) == [(name, b"x")]
+        inbox.done(name)
+    assert not (tmp_path / "in" / name).exists()
+
+
 def test_one_process_takes_at_a_time(tmp_path: Path) -> None:
     program = f"""
 import sys
