@@ -11,13 +11,15 @@ import base64
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
 from contextuate_persist.errors import InvalidRecord, PersistenceError
+
+T = TypeVar("T")
 
 #: Bytes of UTF-8 JSON that a payload may have, on both databases. Four of them fit MySQL's default
 #: max_allowed_packet (64 MiB), which a statement of escaped text may need.
@@ -122,32 +124,29 @@ def _encode_data(data: dict[str, Any]) -> tuple[bytes, bytes | None]:
     exact = exact_json(data)
     _check_size(len(exact))
     if len(exact) <= _SIDECAR_BYTES:
-        text = orjson.dumps(_project(data, 1))
+        text = orjson.dumps(_on_a_whole_stack(_project, data, 1))
         if len(text) <= _SIDECAR_BYTES:
             return text, exact
     return orjson.dumps(_outline(data)), exact
 
 
+# Not ensure_ascii: its escapes would join a high and a low surrogate that stand side by side.
+_EXACT = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def exact_json(value: Any) -> bytes:
     """JSON that `loads_exact` reads back equal; raises InvalidRecord for what JSON has not."""
-    # Not ensure_ascii: its escapes would join a high and a low surrogate that stand side by side.
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except (RecursionError, ValueError, TypeError) as error:
+        text = _on_a_whole_stack(_EXACT.encode, value)
+    except (ValueError, TypeError) as error:
         raise InvalidRecord(f"data: cannot be kept: {error}") from error
     return text.encode("utf-8", "surrogatepass")
 
 
 def loads_exact(exact: bytes) -> Any:
     """What `exact_json` was given, lone surrogates and large integers included."""
-    text = bytes(exact).decode("utf-8", "surrogatepass")
-    try:
-        return json.loads(text)
-    except RecursionError:
-        # The caller's frames leave too few: a thread begins without any. orjson would need none,
-        # but rounds integers past 64 bits.
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(json.loads, text).result()
+    # orjson would need no frames, but rounds integers past 64 bits.
+    return _on_a_whole_stack(json.loads, bytes(exact).decode("utf-8", "surrogatepass"))
 
 
 def contains(document: Any, part: Any) -> bool:
@@ -157,12 +156,16 @@ def contains(document: Any, part: Any) -> bool:
     each item of the other is contained in one of its own; anything else, if it is equal. True is
     not 1, and 1 is 1.0. The databases' own operators differ in detail; they only preselect.
     """
+    return _on_a_whole_stack(_contains, document, part)
+
+
+def _contains(document: Any, part: Any) -> bool:
     # Plain loops: one frame for each level, so that 512 levels fit Python's stack.
     if isinstance(part, Mapping):
         if not isinstance(document, Mapping):
             return False
         for key, wanted in part.items():
-            if key not in document or not contains(document[key], wanted):
+            if key not in document or not _contains(document[key], wanted):
                 return False
         return True
     if isinstance(part, list):
@@ -170,7 +173,7 @@ def contains(document: Any, part: Any) -> bool:
             return False
         for wanted in part:
             for item in document:
-                if contains(item, wanted):
+                if _contains(item, wanted):
                     break
             else:
                 return False
@@ -178,6 +181,23 @@ def contains(document: Any, part: Any) -> bool:
     if isinstance(part, bool) or isinstance(document, bool):
         return part is document
     return bool(part == document)
+
+
+def _on_a_whole_stack(work: Callable[..., T], *arguments: Any) -> T:
+    """Do what takes a frame for each level, also where the caller's frames leave too few.
+
+    Raises ValueError for what no stack is enough for; a RecursionError says nothing but that the
+    caller has come too far itself.
+    """
+    try:
+        return work(*arguments)
+    except RecursionError:
+        with ThreadPoolExecutor(1) as thread:  # begins without any
+            done = thread.submit(work, *arguments)
+    try:
+        return done.result()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def fits_text(text: str) -> bool:

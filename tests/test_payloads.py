@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import orjson
@@ -17,7 +21,6 @@ from hypothesis import strategies as st
 from contextuate_persist import (
     InvalidBatch,
     InvalidRecord,
-    MonitorEvent,
     PersistenceError,
     payload,
 )
@@ -237,16 +240,42 @@ def test_a_payload_that_holds_itself_twice_is_refused_soon() -> None:
         payload.encode(cycle)
 
 
-def test_a_deep_payload_is_exact_also_for_a_caller_with_a_deep_stack(store: BaseStore) -> None:
-    data: dict[str, Any] = {"n": 2**70}
-    for _ in range(400):
-        data = {"d": data}
-    store.save_event(event("s", T0, data=data))
+def from_a_deep_stack(call: Callable[[], Any], frames: int = 500) -> Any:
+    return from_a_deep_stack(call, frames - 1) if frames else call()
 
-    def read(depth: int) -> list[MonitorEvent]:
-        return read(depth - 1) if depth else store.get_events("s")
 
-    assert [one.data == data for one in read(500)] == [True]
+@pytest.mark.parametrize("leaf", ["needle", "\0", 2**70])
+def test_a_deep_payload_is_exact_also_for_a_caller_with_a_deep_stack(
+    store: BaseStore, leaf: Any
+) -> None:
+    one, other = (event("s", T0 + i, data=nested(payload.MAX_DEPTH, leaf)) for i in range(2))
+    assert from_a_deep_stack(lambda: store.save_event(one)) is True
+    assert from_a_deep_stack(lambda: store.save_events([other], on_error="skip").stored) == 1
+    [got, _] = from_a_deep_stack(lambda: store.get_events("s"))
+    assert got.data == one.data
+    search = partial(store.find_events, session_id="s", contains=one.data, newest_first=False)
+    assert [found.id for found in from_a_deep_stack(search)] == [one.id, other.id]
+
+
+def test_what_goes_into_the_column_is_the_same_for_a_caller_with_a_deep_stack() -> None:
+    data = nested(payload.MAX_DEPTH, "\0") | {"beside": nested(60, "\0")}
+    encoded = payload.encode(data)
+    for frames in range(500, 900, 20):
+        assert from_a_deep_stack(lambda: payload.encode(data), frames) == encoded
+
+
+def test_a_caller_at_the_end_of_its_stack_is_not_told_that_the_payload_is_bad() -> None:
+    data = nested(payload.MAX_DEPTH, "\0")
+    for frames in range(900, sys.getrecursionlimit()):
+        with suppress(RecursionError):
+            from_a_deep_stack(lambda: payload.encode(data), frames)
+
+
+def test_what_is_deeper_than_any_stack_is_an_error_of_ours() -> None:
+    with pytest.raises(InvalidRecord, match="^data: cannot be kept: nested too deep"):
+        payload.exact_json(nested(100_000))
+    with pytest.raises(PersistenceError, match="^a stored payload cannot be read: nested too deep"):
+        payload.decode(b"{}", b"[" * 100_000)
 
 
 def test_deep_payloads_are_searched(store: BaseStore) -> None:
