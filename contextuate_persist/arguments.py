@@ -34,13 +34,16 @@ TARGETS = tuple(
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
+# An adopted event may have any time; but who writes 2026-01 means a month.
+_CURSOR = re.compile("(?!(19|20)[0-9]{2}-[01][0-9]$)-?[0-9]+-[0-9]+")
+
 
 def _time(text: str) -> int | Cursor:
     """A bound: Unix milliseconds, ISO 8601, or a cursor."""
     try:
         if text.isascii() and text.isdigit():
             return int(text)
-        if re.fullmatch("[0-9]{10,}-[0-9]+", text):
+        if _CURSOR.fullmatch(text):
             return Cursor.parse(text)
         # Python 3.10 does not know the Z.
         moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))

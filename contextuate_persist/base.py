@@ -1926,9 +1926,7 @@ def _messages(usages: Iterable[MessageUsage]) -> list[MessageUsage]:
 def _bound(name: str, value: object) -> Cursor:
     """A time as the cursor before, or after, everything of that millisecond."""
     if isinstance(value, Cursor):
-        model.check_timestamp(name, value.timestamp)
-        if type(value.seq) is not int or not 0 <= value.seq <= model.MAX_COUNT:
-            raise InvalidRecord(f"{name}: {model.shown(value.seq)} is no seq of an event")
+        model.check_cursor(name, value)
         return value
     model.check_timestamp(name, value)
     assert isinstance(value, int)  # noqa: S101  (checked in the line above)

@@ -218,7 +218,8 @@ def _events(args: argparse.Namespace) -> int:
     _show_events(args, events, with_session=False)
     if 0 < args.limit == len(events):
         onward = args.after is not None and args.before is None
-        bound = f"--after {events[-1].cursor}" if onward else f"--before {events[0].cursor}"
+        # With "=", since a negative one looks like an option.
+        bound = f"--after={events[-1].cursor}" if onward else f"--before={events[0].cursor}"
         tell(f"{args.limit} events; {bound} goes on")
     return 0
 
@@ -242,7 +243,7 @@ def _find(args: argparse.Namespace) -> int:
     _show_events(args, events)
     if 0 < args.limit == len(events):
         bound = "after" if args.oldest_first else "before"
-        tell(f"{args.limit} events; --{bound} {events[-1].cursor} goes on")
+        tell(f"{args.limit} events; --{bound}={events[-1].cursor} goes on")
     return 0
 
 

@@ -54,12 +54,15 @@ class Cursor(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Cursor":
         """Read what `str(cursor)` wrote; raises InvalidRecord for anything else."""
-        match = (
-            re.fullmatch(r"([0-9]{1,16})-([0-9]{1,19})", text) if isinstance(text, str) else None
-        )
-        if not match or int(match[2]) > MAX_COUNT:
+        match = _CURSOR.fullmatch(text) if isinstance(text, str) else None
+        if not match:
             raise InvalidRecord(f"cursor: {shown(text)} is not of the form TIMESTAMP-SEQ")
-        return cls(int(match[1]), int(match[2]))
+        cursor = cls(int(match[1]), int(match[2]))
+        check_cursor("cursor", cursor)
+        return cursor
+
+
+_CURSOR = re.compile("(-?[0-9]{1,19})-(-?[0-9]{1,19})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -460,6 +463,13 @@ def check_timestamp(name: str, value: object) -> None:
     if not MIN_TIMESTAMP <= value <= MAX_TIMESTAMP:
         hint = "; is it in seconds?" if 0 <= value < MIN_TIMESTAMP else ""
         raise InvalidRecord(f"{name}: {shown(value)} is no time in Unix milliseconds{hint}")
+
+
+def check_cursor(name: str, cursor: Cursor) -> None:
+    """Raise InvalidRecord unless `cursor` can be a position: adopted events may have any time."""
+    for part in cursor:
+        if type(part) is not int or not -MAX_COUNT - 1 <= part <= MAX_COUNT:
+            raise InvalidRecord(f"{name}: {shown(part)} in a cursor is no 64-bit integer")
 
 
 def _check_text(name: str, value: object, limit: int = MAX_TEXT_LENGTH) -> None:

@@ -221,16 +221,17 @@ def test_times_are_milliseconds_iso_8601_or_a_cursor(
     assert (before["timestamp"], after["timestamp"]) == (T0, T0 + 20)
 
 
-def test_a_full_page_says_how_to_go_on(run: Run, store: BaseStore) -> None:
+def test_a_full_page_says_how_to_go_on(run: Run, store: BaseStore, database: Database) -> None:
     events = [event("s", T0 + n) for n in range(5)]
     store.save_events(events)
+    # An adopted database may have any time.
+    database.execute(f"UPDATE events SET timestamp = timestamp - {T0 + 2}")
     seen: list[str] = []
     bound: list[str] = []
-    while not bound or bound[0]:
-        _, out, err = run("events", "s", "--json", "--limit", "2", *bound)
+    while not seen or bound:
+        _, out, err = run("events", "s", "--json", "--limit", "1", *bound)
         seen = [record["id"] for record in records(out)] + seen
-        found = re.search(r"(--before) (\S+) goes on", err)
-        bound = [found[1], found[2]] if found else [""]
+        bound = re.findall(r"(--before=\S+) goes on", err)
     assert seen == [stored.id for stored in events]
 
 
@@ -350,6 +351,7 @@ def test_a_wrong_command_line_is_status_2(run: Run) -> None:
         ["unknown"],
         ["events"],
         ["events", "s", "--before", "yesterday"],
+        ["events", "s", "--before", "2026-01"],
         ["events", "s", "--before", "9" * 5000],
         ["events", "s", "--before", "12345678901234567890-1"],
         ["events", "s", "--limit", "-1"],

@@ -629,7 +629,7 @@ def test_what_only_the_server_refuses_is_found_by_bisection(
         ({"after": "2026"}, "after"),
         ({"after": Cursor(T0, "\ud800")}, "after"),  # type: ignore[arg-type]
         ({"before": Cursor(T0, 2**63)}, "before"),
-        ({"before": Cursor(7, 7)}, "before"),
+        ({"before": Cursor(-(2**63) - 1, 7)}, "before"),
         ({"session_id": "s", "contains": 5}, "contains"),
         ({"limit": -1}, "limit"),
         ({"limit": True}, "limit"),

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from contextuate_persist import SchemaError, schema
+from contextuate_persist import Cursor, SchemaError, schema
 from contextuate_persist.base import BaseStore
 from tests.builders import T0, event
 from tests.conftest import Database, make_store, new_database
-from tests.contextuate import make_original
+from tests.contextuate import make_original, run_all
 
 CATALOGUE = {
     "postgresql": """
@@ -150,6 +150,31 @@ def test_adoption_keeps_every_session_and_event(empty_database: Database) -> Non
         assert (old.timestamp, old.data) == (5, {"data": ["an array"]})
         assert start.data == {"a": 1.5, "text": "it's"}
         assert store.save_event(event("root", T0 + 99)) is True
+
+
+def test_adopted_events_of_any_time_are_paged_through(empty_database: Database) -> None:
+    make_original(empty_database)
+    times = [-(2**63), -1, 0, 0, 1_700_000_000, 2**63 - 1]  # the original's columns take them all
+    rows = ", ".join(
+        f"('{uuid.uuid4()}', 'child', {time}, 'message', 'Stop', 'm', '/w', '{{}}')"
+        for time in times
+    )
+    columns = (
+        "id, session_id, timestamp, event_type, hook_type, machine_id, working_directory, data"
+    )
+    run_all(empty_database, [f"INSERT INTO events ({columns}) VALUES {rows}"])
+    empty_database.owner().upgrade_schema()
+    with make_store(empty_database.url) as store:
+        events = store.get_events("child")
+        assert [e.timestamp for e in events if e.data == {}] == times
+        assert [e for e in store.iter_events() if e.session_id == "child"] == events
+        forward, back = store.get_events("child", limit=1, before=events[1].cursor), events[-1:]
+        while got := store.get_events("child", limit=1, after=forward[-1].cursor):
+            forward += got
+        while got := store.get_events("child", limit=1, before=Cursor.parse(str(back[0].cursor))):
+            back = got + back
+        assert forward == back == events
+        assert [*store.iter_events(session_id="child", after=events[2].cursor)] == events[3:]
 
 
 @pytest.mark.only("mysql")
