@@ -249,10 +249,15 @@ CREATE INDEX IF NOT EXISTS idx_deleted_sessions_deleted_at ON deleted_sessions (
 
 -- Trigger -----------------------------------------------------------------------------------------
 
+-- Only for a change, as MySQL has it. The generated column is not computed yet, and what it is set to
+-- here is ignored. *<> compares bytes: a column that somebody adds may have no equality.
 CREATE OR REPLACE FUNCTION update_updated_at_column() RETURNS TRIGGER
 LANGUAGE plpgsql AS $$
 BEGIN
-    NEW.updated_at = now();
+    NEW.effective_parent_id = OLD.effective_parent_id;
+    IF NEW *<> OLD THEN
+        NEW.updated_at = now();
+    END IF;
     RETURN NEW;
 END
 $$;
@@ -531,7 +536,7 @@ COMMENT ON VIEW session_hierarchy IS 'Every session with its depth and path from
 COMMENT ON FUNCTION get_recent_events(INTEGER) IS 'The newest events over all sessions';
 COMMENT ON FUNCTION get_session_event_counts(VARCHAR) IS 'Events of a session by type, most first';
 COMMENT ON FUNCTION prune_old_sessions(BIGINT) IS 'Delete old sessions, whole trees only, not pinned; returns how many';
-COMMENT ON FUNCTION update_updated_at_column() IS 'Sets updated_at on every update';
+COMMENT ON FUNCTION update_updated_at_column() IS 'Sets updated_at when a row changes';
 COMMENT ON TRIGGER trigger_sessions_updated_at ON sessions IS 'Keeps updated_at';
 
 -- Partitioning ------------------------------------------------------------------------------------

@@ -861,7 +861,7 @@ def _check_alike(backend: str, execute: Callable[[str], list[Any]]) -> None:
         assert left == set(ALIKE) - {"RESUME"}
 
 
-def test_every_update_moves_updated_at(database: Database) -> None:
+def test_every_change_moves_updated_at(database: Database) -> None:
     database.execute(insert_session())
     read = "SELECT created_at, updated_at FROM sessions"
     ((created, first),) = database.execute(read)
@@ -876,6 +876,38 @@ def test_every_update_moves_updated_at(database: Database) -> None:
     ((same, third),) = database.execute(read)
     assert same == created
     assert third > second
+    time.sleep(0.01)
+    database.execute("UPDATE sessions SET parent_session_id = session_id")
+    ((same, fourth),) = database.execute(read)
+    assert same == created
+    assert fourth > third
+
+
+def test_an_update_that_changes_nothing_leaves_updated_at(
+    database: Database, store: BaseStore
+) -> None:
+    read = "SELECT session_id, updated_at FROM sessions ORDER BY session_id"
+    whole = session(
+        "s",
+        end_time=T0 + 5,
+        status="completed",
+        parent_session_id="detected",
+        manual_parent_session_id="parent",
+        child_session_ids=("b", "a"),
+        model="m",
+        label="a label\0",
+        is_pinned=True,
+        token_usage=TokenUsage(total_input=1, total_output=2, total_cache_read=3),
+    )
+    store.save_session(whole)
+    before = database.execute(read)
+    time.sleep(0.01)
+    store.save_session(whole)
+    store.save_sessions([whole])
+    store.update_session("s", label=whole.label)
+    store.update_session("s", manual_parent_session_id="parent", child_session_ids=("b", "a"))
+    database.execute("UPDATE sessions SET is_pinned = TRUE WHERE session_id = 's'")
+    assert database.execute(read) == before
 
 
 # --- Views ----------------------------------------------------------------------------------------
