@@ -382,7 +382,7 @@ LANGUAGE sql STABLE AS $$
         e.machine_id, e.working_directory, e.data
     FROM events AS e
     ORDER BY e.timestamp DESC, e.seq DESC
-    LIMIT max_events
+    LIMIT COALESCE(max_events, 100)
 $$;
 
 CREATE OR REPLACE FUNCTION get_session_event_counts(of_session_id VARCHAR)
@@ -533,7 +533,7 @@ COMMENT ON COLUMN token_ledger.cache_creation IS 'Input tokens that made the cac
 
 COMMENT ON VIEW active_sessions IS 'Visible sessions with totals, pinned first, newest first';
 COMMENT ON VIEW session_hierarchy IS 'Every session with its depth and path from the root';
-COMMENT ON FUNCTION get_recent_events(INTEGER) IS 'The newest events over all sessions';
+COMMENT ON FUNCTION get_recent_events(INTEGER) IS 'The newest events over all sessions; NULL means 100';
 COMMENT ON FUNCTION get_session_event_counts(VARCHAR) IS 'Events of a session by type, most first';
 COMMENT ON FUNCTION prune_old_sessions(BIGINT) IS 'Delete old sessions, whole trees only, not pinned; returns how many';
 COMMENT ON FUNCTION update_updated_at_column() IS 'Sets updated_at when a row changes';
