@@ -205,9 +205,13 @@ def _archive(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
     if tasks.archives is not None:
         report = archive(store, tasks.archives, tasks.policy, recipients=tasks.recipients)
         message = f"{report.sessions:,} sessions with {report.events:,} events archived"
-        if report.spared:
-            message += f", {report.spared:,} changed meanwhile and are left for the next time"
-        return _ok("archive", f"{message}; {report.kept:,} are kept")
+        if changed := report.spared - report.unfit:
+            message += f", {changed:,} changed meanwhile and are left for the next time"
+        message += f"; {report.kept:,} are kept"
+        if report.unfit:
+            message += f", {report.unfit:,} of them cannot be archived: {report.problems[0]}"
+            return _warn("archive", message, "mend or delete them; `archive` names them all")
+        return _ok("archive", message)
     due = retention.plan(store, tasks.policy)
     if not due.sessions:
         return _ok("archive", "nothing is due")

@@ -123,6 +123,18 @@ def test_monthly_archives_only_where_it_is_told_to(account: BaseStore, tmp_path:
     assert found.level is Level.OK
 
 
+def test_monthly_names_what_cannot_be_archived(
+    store: BaseStore, database: Database, tmp_path: Path
+) -> None:
+    fill(store)
+    database.execute("UPDATE sessions SET machine_id = ' m' WHERE session_id = 'old'")
+    tasks = Tasks(archives=tmp_path)
+    (found,) = by_check(maintain(store, "monthly", tasks))["archive"]
+    assert found.level is Level.WARNING
+    assert "0 sessions with 0 events archived; 2 are kept, 1 of them cannot" in found.message
+    assert "old: machineId: white space" in found.message
+
+
 def test_monthly_makes_room_where_that_is_worth_it(
     account: BaseStore, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
