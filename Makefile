@@ -16,7 +16,7 @@ demo: ## start a private PostgreSQL, fill it, look into it, remove it
 test: ## run the tests with branch coverage; ARGS="-k name" goes to pytest
 	@.ci/venv test
 	@$(python) -m coverage erase
-	@status=0; $(python) -m coverage run -m pytest -n $(JOBS) --dist loadgroup $(ARGS) || status=$$?; \
+	@status=0; $(python) -m coverage run -m pytest -n $(JOBS) $(ARGS) || status=$$?; \
 	$(python) -m coverage combine -q && $(python) -m coverage report || true; exit $$status
 
 check: ## check format, style and types

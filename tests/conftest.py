@@ -72,17 +72,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = "not soak"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drop, not skip, the combinations that a test excludes; keep together what shares much."""
+    """Drop, not skip, the combinations that a test excludes."""
     kept, dropped = [], []
     for item in items:
         mark = item.get_closest_marker("only")
         callspec = getattr(item, "callspec", None)
         backend = callspec.params.get("backend") if callspec else None
-        module = getattr(item, "module", None)
-        if getattr(module, "TOGETHER", False):
-            item.add_marker(pytest.mark.xdist_group(f"{module.__name__}-{backend}"))
         (dropped if mark and backend not in (None, mark.args[0]) else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)

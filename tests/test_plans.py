@@ -27,9 +27,6 @@ from tests import servers
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store, new_database
 
-#: Filling takes long: one process does all tests of a backend.
-TOGETHER = True
-
 EVENTS = 100_000
 SESSIONS = 400
 QUIET = 2_600  # sessions whose events are not there
