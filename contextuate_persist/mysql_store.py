@@ -1101,6 +1101,18 @@ ORDER BY p.partition_ordinal_position
 
 SELECT_FIRST_EVENT = "SELECT MIN(e.timestamp) FROM events AS e"
 
+# What follows a table when it is renamed; we make nothing of the kind. Views name it only.
+SELECT_ATTACHED = """
+SELECT CONCAT('trigger ', t.trigger_name, ' on table events') AS told
+FROM information_schema.triggers AS t
+WHERE t.event_object_schema = DATABASE() AND t.event_object_table = 'events'
+UNION
+SELECT CONCAT('constraint ', k.constraint_name, ' on table ', k.table_name)
+FROM information_schema.key_column_usage AS k
+WHERE k.referenced_table_schema = DATABASE() AND k.referenced_table_name = 'events'
+ORDER BY told
+"""
+
 # Of which sessions events were copied: of one that is gone in the end, or is another one then that
 # was made under its id, what was copied goes, too.
 CREATE_COPIED_SESSIONS = b"""
@@ -2529,6 +2541,9 @@ class MySQLPartitions:
     def first_event(self) -> int | None:
         first: int | None = _execute(self._connection, SELECT_FIRST_EVENT)[0][0]
         return first
+
+    def attached(self) -> list[str]:
+        return [told for (told,) in _execute(self._connection, SELECT_ATTACHED)]
 
     # --- Converting -------------------------------------------------------------------------------
 

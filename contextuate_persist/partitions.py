@@ -121,6 +121,10 @@ class PartitionSession(Protocol):
         """The time of the oldest event."""
         ...
 
+    def attached(self) -> list[str]:
+        """What others made for the table of events that does not follow its name."""
+        ...
+
     def prepare(self, spans: Sequence[Span]) -> None:
         """Create the new tables aside, all or nothing or again; tell the session what to watch."""
         ...
@@ -286,11 +290,13 @@ def convert(
     if begun:
         _refuse_another(session, by, begun, "is half-way to being partitioned")
     by = begun or by or "month"
+    _refuse_attached(session)
     _patiently(session, partial(session.prepare, _first_spans(session, by, ahead)))
     copied = _copy(session, progress)
     session.refresh()
     after, rows = _verify(session)
     copied += rows
+    _refuse_attached(session)  # again, for copying takes long
     copied += _patiently(session, partial(session.switch, after))
     # What was prepared may be old by now, if this run goes on where another was killed.
     extend(session, ahead)
@@ -307,6 +313,14 @@ def _refuse_another(session: PartitionSession, by: str | None, present: str, how
     if by not in (None, present):
         raise ConfigurationError(
             f"{session.place}: events {how} by {present}, not by {by}: leave --by out"
+        )
+
+
+def _refuse_attached(session: PartitionSession) -> None:
+    if found := session.attached():
+        raise ConfigurationError(
+            f"{session.place}: what others made for events would stay with the old table: "
+            f"{', '.join(found)}; drop it, partition, and make it again on the new table"
         )
 
 

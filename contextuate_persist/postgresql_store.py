@@ -1039,6 +1039,36 @@ ORDER BY 3 NULLS LAST
 
 SELECT_FIRST_EVENT = "SELECT min(e.timestamp) FROM events AS e"
 
+# What refers to a table and not to its name; we make nothing of the kind but the foreign key with
+# its internal triggers. A publication of all tables, or of a schema, takes the new one by itself.
+SELECT_ATTACHED = """
+SELECT DISTINCT
+    CASE
+        WHEN r.ev_class <> d.refobjid
+            THEN pg_describe_object('pg_class'::regclass, r.ev_class, 0)
+        ELSE pg_describe_object(d.classid, d.objid, 0)
+    END
+FROM pg_depend AS d
+LEFT JOIN pg_rewrite AS r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+LEFT JOIN pg_trigger AS t ON d.classid = 'pg_trigger'::regclass AND t.oid = d.objid
+LEFT JOIN pg_constraint AS c ON d.classid = 'pg_constraint'::regclass AND c.oid = d.objid
+WHERE d.refclassid = 'pg_class'::regclass
+    AND d.refobjid = 'events'::regclass
+    AND (
+        d.classid IN (
+            'pg_policy'::regclass, 'pg_rewrite'::regclass, 'pg_publication_rel'::regclass,
+            'pg_proc'::regclass
+        )
+        OR NOT t.tgisinternal
+        OR c.confrelid = d.refobjid
+    )
+UNION
+SELECT 'row level security'
+FROM pg_class AS c
+WHERE c.oid = 'events'::regclass AND c.relrowsecurity
+ORDER BY 1
+"""
+
 # The accounts that may use events may use what comes in its place.
 GRANT_AS_EVENTS = """
 DO $$
@@ -2867,6 +2897,9 @@ class PostgreSQLPartitions:
     def first_event(self) -> int | None:
         [(first,)] = self._connection.execute(SELECT_FIRST_EVENT).fetchall()
         return cast("int | None", first)
+
+    def attached(self) -> list[str]:
+        return [told for (told,) in self._connection.execute(SELECT_ATTACHED)]
 
     # --- Converting -------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -453,6 +454,128 @@ def test_another_unit_does_not_go_on_with_a_conversion_that_was_begun(
     with pytest.raises(ConfigurationError, match="half-way to being partitioned by week"):
         plain.owner().partition_events("day")
     assert plain.owner().partition_events().by == "week"
+
+
+#: What others make on the table of events: how, what undoes it, and by what name it is told.
+ATTACHED = {
+    "policy": (
+        "CREATE POLICY own ON events USING (machine_id = current_user)",
+        "DROP POLICY own ON events",
+        "policy own on table events",
+    ),
+    "row security": (
+        "ALTER TABLE events ENABLE ROW LEVEL SECURITY",
+        "ALTER TABLE events DISABLE ROW LEVEL SECURITY",
+        "row level security",
+    ),
+    "policy of another table": (
+        "CREATE POLICY told ON sessions USING (EXISTS (SELECT seq FROM events))",
+        "DROP POLICY told ON sessions",
+        "policy told on table sessions",
+    ),
+    "trigger": (
+        (
+            "CREATE TRIGGER audit BEFORE UPDATE ON events FOR EACH ROW "
+            "EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+        ),
+        "DROP TRIGGER audit ON events",
+        "trigger audit on table events",
+    ),
+    "rule": (
+        "CREATE RULE quiet AS ON DELETE TO events DO INSTEAD NOTHING",
+        "DROP RULE quiet ON events",
+        "rule quiet on table events",
+    ),
+    "publication": (
+        "CREATE PUBLICATION feed FOR TABLE events",
+        "DROP PUBLICATION feed",
+        "publication of table events in publication feed",
+    ),
+    "view": (
+        "CREATE VIEW newest AS SELECT max(timestamp) FROM events",
+        "DROP VIEW newest",
+        "view newest",
+    ),
+    "foreign key": (
+        "CREATE TABLE notes (id UUID CONSTRAINT of_event REFERENCES events (id))",
+        "DROP TABLE notes",
+        "constraint of_event on table notes",
+    ),
+}
+ATTACHED_MYSQL = {
+    "trigger": (
+        "CREATE TRIGGER audit BEFORE INSERT ON events FOR EACH ROW SET @last = NEW.timestamp",
+        "DROP TRIGGER audit",
+        "trigger audit on table events",
+    ),
+    "foreign key": (
+        (
+            "CREATE TABLE notes "
+            "(id BINARY(16), CONSTRAINT of_event FOREIGN KEY (id) REFERENCES events (id))"
+        ),
+        "DROP TABLE notes",
+        "constraint of_event on table notes",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ATTACHED_MYSQL else pytest.param(kind, marks=pytest.mark.only("postgresql"))
+        for kind in ATTACHED
+    ],
+)
+def test_a_table_with_policies_or_triggers_of_others_is_not_converted(
+    plain: Database, kind: str
+) -> None:
+    attached = ATTACHED if plain.backend == "postgresql" else ATTACHED_MYSQL
+    make, undo, told = attached[kind]
+    with make_store(plain.url) as store:
+        store.save_events([event("s", RECENT + n) for n in range(3)])
+    plain.execute(make)
+    wanted = rf"would stay with the old table: {re.escape(told)}; drop "
+    with pytest.raises(ConfigurationError, match=wanted) as refused:
+        plain.owner().partition_events()
+    assert "\n" not in str(refused.value)
+    with plain.owner()._partition_session(60) as session:
+        assert session.read_partitions(aside=True) == []
+    plain.execute(undo)
+    assert plain.owner().partition_events().copied == 3
+    check_whole(plain)
+
+
+def test_what_others_make_while_events_is_copied_stops_the_conversion_until_it_is_gone(
+    plain: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached = ATTACHED if plain.backend == "postgresql" else ATTACHED_MYSQL
+    make, undo, told = attached["trigger"]
+    events = [event("s", RECENT + n) for n in range(3)]
+    with make_store(plain.url) as store:
+        store.save_events(events)
+    copy = partitions._copy
+
+    def copy_then_make(*arguments: Any) -> int:
+        copied = copy(*arguments)
+        plain.execute(make)
+        return copied
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partitions, "_copy", copy_then_make)
+        with pytest.raises(ConfigurationError, match=told):
+            plain.owner().partition_events()
+    plain.execute(undo)
+    assert plain.owner().partition_events().converted
+    assert check_whole(plain) == hexes(events)
+
+
+@pytest.mark.only("mysql")
+def test_a_view_of_others_shows_the_partitions(plain: Database) -> None:
+    plain.execute("CREATE VIEW newest AS SELECT MAX(timestamp) FROM events")
+    plain.owner().partition_events()
+    with make_store(plain.url) as store:
+        store.save_event(event("s", RECENT))
+    assert plain.execute("SELECT * FROM newest")[0][0] == RECENT
 
 
 @pytest.mark.parametrize("bad", [{"by": "year"}, {"ahead": -1}, {"ahead": 1.5}, {"ahead": 10**6}])
