@@ -659,22 +659,35 @@ class BaseStore(ABC):
         return self._save_sessions(sessions, undelete) if sessions else 0
 
     def _save_sessions(self, sessions: list[SessionMeta], undelete: bool) -> int:
-        named = self._named(sessions)
+        several = len(self._named(sessions)) > 1
 
         def save(connection: Any) -> int:
+            # A late save leaves nothing, not even a reference. That is asked before anything is
+            # made, and again when nobody can delete them any more; one alone the SQL refuses.
+            wanted = sessions
+            if several and not undelete:
+                wanted = self._without_deleted(connection, sessions)
+            if not wanted:
+                return 0
             # What a deletion or the ledger decides is read by the statements that follow: one that
             # began before would go by what was, however long it then waits.
-            self._hold_sessions(connection, sorted(named))
-            wanted = sessions
+            if seeds := self._reference_seeds(wanted):
+                self._seed(connection, seeds)
+            else:
+                self._hold_sessions(connection, [wanted[0].session_id])
             if undelete:
-                self._undelete(connection, [session.session_id for session in sessions])
-            elif len(named) > 1:  # a late save leaves nothing, not even a reference
-                wanted = self._without_deleted(connection, sessions)
-            seeds = self._reference_seeds(wanted)
+                self._undelete(connection, [session.session_id for session in wanted])
+            elif seeds and len(self._without_deleted(connection, wanted)) < len(wanted):
+                raise StartOver(repeats=False)
             parameters = [records.session_parameters(session) for session in wanted]
-            return self._upsert_sessions(connection, seeds, parameters) if wanted else 0
+            return self._upsert_sessions(connection, parameters)
 
-        return self._run(save, transaction=True)
+        for _ in range(_CONFLICT_ATTEMPTS):
+            try:
+                return self._run(save, transaction=True)
+            except StartOver:
+                continue
+        raise StoreUnavailable(f"{self._place}: others keep deleting the same sessions")
 
     def _without_deleted(self, connection: Any, sessions: list[SessionMeta]) -> list[SessionMeta]:
         deleted = self._select_deletions(connection, [s.session_id for s in sessions])
@@ -701,7 +714,7 @@ class BaseStore(ABC):
 
     @classmethod
     def _reference_seeds(cls, sessions: list[SessionMeta]) -> list[Seed]:
-        """What to lock first, sorted: the sessions and their parents, if there are several."""
+        """What to lock or make first, sorted: the sessions and their parents, if several."""
         named = cls._named(sessions)
         if len(named) <= 1:
             return []
@@ -1405,7 +1418,7 @@ class BaseStore(ABC):
             values = records.session_parameters(session)
 
             def write(connection: Any) -> None:
-                self._upsert_sessions(connection, [], [values])
+                self._upsert_sessions(connection, [values])
                 if fields:
                     columns = {name: values[name] for name in fields}
                     self._update_session(connection, session.session_id, columns)
@@ -1418,8 +1431,9 @@ class BaseStore(ABC):
         values = records.update_parameters(fields)
 
         def update(connection: Any) -> None:
-            if self._update_session(connection, session_id, values):
-                raise _Undo
+            if not self._update_session(connection, session_id, values):
+                raise StartOver(repeats=False)  # which undoes it, too
+            raise _Undo
 
         return self._undone(update)
 
@@ -1590,10 +1604,12 @@ class BaseStore(ABC):
         """Pairs of type and count; a type may come twice."""
 
     @abstractmethod
-    def _upsert_sessions(
-        self, connection: Any, seeds: list[Seed], sessions: list[dict[str, Any]]
-    ) -> int:
-        """Lock what the seeds name, in their order, then merge the sessions; how many counted."""
+    def _seed(self, connection: Any, seeds: list[Seed]) -> int:
+        """Lock the sessions or make them, in their order; how many were made or changed."""
+
+    @abstractmethod
+    def _upsert_sessions(self, connection: Any, sessions: list[dict[str, Any]]) -> int:
+        """Merge the sessions; how many counted."""
 
     @abstractmethod
     def _select_deletions(self, connection: Any, ids: list[str]) -> dict[str, int]:
@@ -1627,7 +1643,7 @@ class BaseStore(ABC):
 
     @abstractmethod
     def _hold_sessions(self, connection: Any, ids: list[str]) -> None:
-        """Lock those that are there against changes and deletions, events in them excepted."""
+        """Lock those that are there against changes and deletions."""
 
     @abstractmethod
     def _select_owners(self, connection: Any, ids: list[str]) -> list[str]:

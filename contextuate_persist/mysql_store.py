@@ -462,12 +462,17 @@ UPDATE_CLAUSES = {
         "token_usage_cache_creation",
     )
 }
-# A parent that is not stored yet, made from what its child knows.
+# A parent that is not stored yet, made from what its child knows; locks both as SEED_SESSIONS does.
 REFER_TO_PARENT = """
 INSERT INTO sessions (session_id, machine_id, working_directory, start_time, known_from)
-SELECT %(parent_id)s, child.machine_id, child.working_directory, child.start_time, 'reference'
+SELECT
+    named.session_id, child.machine_id, child.working_directory, child.start_time, 'reference'
 FROM sessions AS child
+CROSS JOIN JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS named
 WHERE child.session_id = %(session_id)s
+ORDER BY named.session_id
 ON DUPLICATE KEY UPDATE known_from = sessions.known_from
 """
 # Once somebody has said where and when a session began, events correct that no more.
@@ -1872,7 +1877,7 @@ class MySQLStore(BaseStore):
         return new
 
     def _insert_events(self, connection: Any, rows: list[Event], undelete: bool) -> int:
-        changed = _send_rows(connection, SEED_SESSIONS, map(_row_literal, records.seeds_of(rows)))
+        changed = self._seed(connection, records.seeds_of(rows))
         touched = list({row.event.session_id for row in rows})
         if undelete:
             self._undelete(connection, touched)
@@ -1920,6 +1925,9 @@ class MySQLStore(BaseStore):
         self._partitioned = self._partitioned or _is_partitioned(connection)
         return self._partitioned
 
+    def _seed(self, connection: Any, seeds: list[Seed]) -> int:
+        return _send_rows(connection, SEED_SESSIONS, map(_row_literal, seeds))
+
     def _select_events(
         self,
         connection: Any,
@@ -1959,11 +1967,7 @@ class MySQLStore(BaseStore):
 
     # --- Sessions ---------------------------------------------------------------------------------
 
-    def _upsert_sessions(
-        self, connection: Any, seeds: list[Seed], sessions: list[dict[str, Any]]
-    ) -> int:
-        if seeds:
-            _send_rows(connection, SEED_SESSIONS, map(_row_literal, seeds))
+    def _upsert_sessions(self, connection: Any, sessions: list[dict[str, Any]]) -> int:
         return sum(
             # A row that has these values already does not count as written.
             _execute_write(connection, SAVE_SESSION, session) > 0
@@ -2004,9 +2008,9 @@ class MySQLStore(BaseStore):
         if FIRM_COLUMNS & values.keys():
             clauses.append("known_from = 'session'")
         if parent := values.get("parent_session_id"):
-            _send(connection, LOCK_SESSIONS, {"session_ids": [session_id, parent]})
-            referring = {"parent_id": parent, "session_id": session_id}
-            _execute_write(connection, REFER_TO_PARENT, referring)
+            ids = records.json_list([session_id, parent])
+            named = {"session_id": session_id, "session_ids": ids}
+            _execute_write(connection, REFER_TO_PARENT, named)
         where = "WHERE session_id = %(session_id)s AND known_from <> 'reference'"
         parameters = {**values, "session_id": session_id}
         if clauses:

@@ -483,13 +483,17 @@ UPDATE_CLAUSES = {
         "token_usage_cache_creation",
     )
 }
-# A parent that is not stored yet, made from what its child knows.
+# A parent that is not stored yet, made from what its child knows; locks both as SEED_SESSIONS does.
 REFER_TO_PARENT = """
-INSERT INTO sessions (session_id, machine_id, working_directory, start_time, known_from)
-SELECT %(parent_id)s, child.machine_id, child.working_directory, child.start_time, 'reference'
+INSERT INTO sessions AS s (session_id, machine_id, working_directory, start_time, known_from)
+SELECT
+    named.session_id, child.machine_id, child.working_directory, child.start_time, 'reference'
 FROM sessions AS child
+CROSS JOIN unnest(%(session_ids)s::text[]) WITH ORDINALITY AS named (session_id, position)
 WHERE child.session_id = %(session_id)s
-ON CONFLICT (session_id) DO NOTHING
+ORDER BY named.position
+ON CONFLICT (session_id) DO UPDATE SET known_from = s.known_from
+WHERE FALSE
 """
 # Once somebody has said where and when a session began, events correct that no more.
 FIRM_COLUMNS = {"machine_id", "working_directory", "start_time", "parent_session_id"}
@@ -577,7 +581,7 @@ ORDER BY s.session_id
 FOR UPDATE
 """
 
-# Against everybody who changes or deletes them; not against those who store events in them.
+# Against everybody who changes or deletes them; not against who stores a single event in one.
 HOLD_SESSIONS = LOCK_SESSIONS.replace("FOR UPDATE", "FOR NO KEY UPDATE")
 
 ORPHAN_CHILDREN = """
@@ -2235,7 +2239,6 @@ class PostgreSQLStore(BaseStore):
         return [row[0] for row in connection.execute(statement, ids)]
 
     def _seed(self, connection: psycopg.Connection[Any], seeds: list[Seed]) -> int:
-        """Lock the sessions, or make them; how many were made or changed."""
         columns = [list(column) for column in zip(*seeds, strict=True)]
         names = (
             "session_ids",
@@ -2341,13 +2344,8 @@ class PostgreSQLStore(BaseStore):
     # --- Sessions ---------------------------------------------------------------------------------
 
     def _upsert_sessions(
-        self,
-        connection: psycopg.Connection[Any],
-        seeds: list[Seed],
-        sessions: list[dict[str, Any]],
+        self, connection: psycopg.Connection[Any], sessions: list[dict[str, Any]]
     ) -> int:
-        if seeds:
-            self._seed(connection, seeds)
         if len(sessions) == 1:
             return connection.execute(SAVE_SESSION, sessions[0]).rowcount
         with connection.cursor() as cursor:
@@ -2387,8 +2385,8 @@ class PostgreSQLStore(BaseStore):
         if FIRM_COLUMNS & values.keys():
             clauses.append("known_from = 'session'")
         if parent := values.get("parent_session_id"):
-            self._lock_sessions(connection, [session_id, parent])
-            connection.execute(REFER_TO_PARENT, {"parent_id": parent, "session_id": session_id})
+            named = {"session_id": session_id, "session_ids": sorted({session_id, parent})}
+            connection.execute(REFER_TO_PARENT, named)
         where = "WHERE session_id = %(session_id)s AND known_from <> 'reference'"
         statement = (
             f"UPDATE sessions SET {', '.join(clauses)} {where}"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from contextuate_persist import MessageUsage, SessionNotFound, TokenUsage
-from contextuate_persist.base import BaseStore
+from contextuate_persist.base import BaseStore, Fault
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
 
@@ -231,6 +231,58 @@ def test_a_save_that_waits_for_a_deletion_does_not_undo_it(
     assert saving() is False
     assert store.get_session("s") is None
     assert [one.session_id for one in store.get_sessions()] == ["p"]
+
+
+@pytest.mark.parametrize("how", ["save", "update", "try"])
+@pytest.mark.parametrize("parent", ["new", "z"])  # before and behind it in the order of the locks
+def test_what_links_a_session_while_it_is_deleted_leaves_no_reference(
+    store: BaseStore, database: Database, how: str, parent: str
+) -> None:
+    store.save_sessions([session("s"), session("other")])
+    works = {
+        "save": lambda: store.save_session(session("s", parent_session_id=parent)),
+        "update": lambda: store.update_session("s", parent_session_id=parent),
+        "try": lambda: store.try_updating("s", parent_session_id=parent),
+    }
+    with store._connection(True) as connection:
+        store._delete_session(connection, "s")
+        linking = start(works[how])
+    if how == "update":
+        with pytest.raises(SessionNotFound):
+            linking()
+    else:
+        assert linking() is False
+    assert database.execute("SELECT session_id FROM sessions") == [("other",)]
+
+
+@pytest.mark.parametrize("how", ["save", "update"])
+def test_a_save_that_makes_a_parent_never_waits_in_a_circle(
+    store: BaseStore, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both link b to a, which is not there yet; whoever has b last must have made a before."""
+    store.save_session(session("b"))
+    works = {
+        "save": lambda: store.save_session(session("b", parent_session_id="a")),
+        "update": lambda: store.update_session("b", parent_session_id="a"),
+    }
+    faults: list[Exception] = []
+    fault_of = store._fault
+
+    def noted(error: Exception) -> Fault | None:
+        faults.append(error)
+        return fault_of(error)
+
+    monkeypatch.setattr(store, "_fault", noted)
+    with store._connection(True) as connection:
+        store._lock_sessions(connection, ["b"])
+        linking = start(works[how])
+        storing = start(lambda: store.save_events([event("b", parent_session_id="a")]))
+    linking()
+    assert storing() == 1
+    assert faults == []
+    found = store.get_session("b")
+    assert found is not None
+    assert found.parent_session_id == "a"
 
 
 @pytest.mark.parametrize("how", ["save", "update"])
