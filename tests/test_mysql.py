@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.only("mysql")
 
 @given(text=texts, raw=st.binary(max_size=60), number=st.integers(-(2**63), 2**63 - 1))
 def test_a_literal_means_its_value_to_the_server(
-    store: BaseStore, backend: str, text: str, raw: bytes, number: int
+    owner: BaseStore, text: str, raw: bytes, number: int
 ) -> None:
     text = text.encode("utf-8", "replace").decode()  # what comes to `literal` has no surrogates
 
@@ -48,23 +49,16 @@ def test_a_literal_means_its_value_to_the_server(
         connection.cmd_query(b"CREATE TEMPORARY TABLE literals " + hexed % values)
         return _execute(connection, "SELECT * FROM literals")[0]
 
-    with make_store(_owner_url(store)) as owner:
-        text_hex, raw_hex, got, is_null, charset = owner._run(read)
+    text_hex, raw_hex, got, is_null, charset = owner._run(read)
     assert bytes.fromhex(_text(text_hex)) == text.encode()
     assert bytes.fromhex(_text(raw_hex)) == raw
     assert (got, is_null, _text(charset)) == (number, 1, "binary")
 
 
-_owner_urls: dict[int, str] = {}
-
-
-@pytest.fixture(autouse=True)
-def _owner(database: Database, store: BaseStore) -> None:
-    _owner_urls[id(store)] = database.owner_url
-
-
-def _owner_url(store: BaseStore) -> str:
-    return _owner_urls[id(store)]
+@pytest.fixture
+def owner(database: Database, backend: str) -> Iterator[BaseStore]:
+    with database.owner() as opened:
+        yield opened
 
 
 def _text(value: Any) -> str:

@@ -27,7 +27,7 @@ from tests import servers
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store, new_database
 
-EVENTS = 100_000
+EVENTS = 50_000
 SESSIONS = 400
 QUIET = 2_600  # sessions whose events are not there
 HOUR = 3_600_000
@@ -114,7 +114,7 @@ def events() -> Iterator[MonitorEvent]:
 
 @pytest.fixture(scope="module")
 def filled(backend: str, server: servers.Server) -> Iterator[Database]:
-    """A database with a hundred thousand events; tests change only what they add to it."""
+    """A database with fifty thousand events; tests change only what they add to it."""
     database = new_database(server)
     database.owner().apply_schema()
     with make_store(database.url, statement_timeout=300) as store:
@@ -588,7 +588,7 @@ def test_saving_a_session_asks_the_ledger_by_its_index(full: BaseStore) -> None:
         "postgresql": "idx_token_ledger_session sessions_pkey",
         "mysql": "idx_token_ledger_session sessions.PRIMARY",
     }
-    check(plans, expected[full.backend], {"s"}, set())  # locks two rows in their order
+    check(plans, expected[full.backend], {"child"}, set())  # locks two rows in their order
     full.delete_session("saved")
 
 

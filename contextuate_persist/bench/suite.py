@@ -604,7 +604,7 @@ class Suite:
         write, read = Latency(), Latency()
         stop = threading.Event()
         if work is None:
-            work = iter(batches(self._more(100_000), 10))
+            work = iter(batches(self._more(min(100_000, 10 * self.scale.events)), 10))
         turns = itertools.cycle(sessions)
         errors: list[BaseException] = []
 
