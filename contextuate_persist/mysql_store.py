@@ -1760,11 +1760,15 @@ class MySQLStore(BaseStore):
             found = schema.require_version(_read_version(connection), self._place)
             self._partitioned = found.layout == "partitioned"
             packet = _execute(connection, SELECT_SERVER)[0][1]
-        finally:
+        except BaseException:
             _close_quietly(connection)
+            raise
         # Escaping may double a payload, and the limit also holds for MySQL's own form of it.
         self._chunk_bytes = packet // 4
         self._row_bytes = packet if packet >= 4 * payload.MAX_PAYLOAD_BYTES else packet // 4
+        # Another would take 40 ms, most of it for TLS.
+        self._pool = self._new_pool()
+        self._pool.add(connection)
 
     def _connect(self, *, patient: bool = False) -> Any:
         arguments = dict(self._arguments)
@@ -1816,8 +1820,11 @@ class MySQLStore(BaseStore):
         with self._lock:
             self._check_open()
             if self._pool is None:
-                self._pool = Pool(self._connect, self._pool_size, self._pool_timeout)
+                self._pool = self._new_pool()
             return self._pool
+
+    def _new_pool(self) -> Pool:
+        return Pool(self._connect, self._pool_size, self._pool_timeout)
 
     def _discard_dead(self) -> None:
         if self._pool is not None:  # pragma: no branch  (closed meanwhile)
@@ -3140,6 +3147,10 @@ class Pool:
         self._closed = False
         self._lock = threading.Lock()
         self.in_use = 0
+
+    def add(self, connection: Any) -> None:
+        """Keep a connection that was made elsewhere, and is free."""
+        self._idle.append((time.monotonic(), connection))
 
     def take(self, place: str) -> Any:
         """A connection that lives; raises StoreUnavailable if there is none in time."""

@@ -129,8 +129,7 @@ class Database:
         tables: tuple[str, ...] = ("sessions", "deleted_sessions")
         if self.layout == "partitioned":  # MySQL's have no foreign key
             tables = ("event_ids", "events", *tables)
-        for table in tables:
-            self.execute(f"DELETE FROM {table}")
+        self.server.execute_all([f"DELETE FROM {table}" for table in tables], self.name)
 
     def drop(self) -> None:
         self.server.drop_database(self.name)

@@ -549,10 +549,15 @@ class Server:
 
     def execute(self, statement: str, database: str | None = None) -> list[Any]:
         """Run one statement as the administrator, committed; its rows if it has any."""
+        return self.execute_all([statement], database)
+
+    def execute_all(self, statements: Sequence[str], database: str | None = None) -> list[Any]:
+        """The same of several, on one connection; the rows of the last."""
         connection = self._connect(database)
         try:
             cursor = connection.cursor()
-            cursor.execute(statement)
+            for statement in statements:
+                cursor.execute(statement)
             return list(cursor.fetchall()) if cursor.description else []
         finally:
             connection.close()

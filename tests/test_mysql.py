@@ -65,6 +65,24 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else bytes(value).decode()
 
 
+@pytest.mark.usefixtures("backend")
+def test_the_connection_that_opens_a_store_serves_its_first_calls(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(database.url)
+    connect, made = store._connect, []
+
+    def counted() -> Any:
+        made.append(connect())
+        return made[-1]
+
+    monkeypatch.setattr(store, "_connect", counted)
+    with store:
+        store.save_event(event("s"))
+        assert len(store.get_events("s")) == 1
+    assert len(made) == 1
+
+
 def test_the_pure_python_driver_stores_and_reads_the_same(database: Database, backend: str) -> None:
     with make_store(database.url + "?use-pure=1") as pure, make_store(database.url) as c:
         assert pure.health().driver_implementation == "python"
