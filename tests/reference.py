@@ -48,7 +48,21 @@ class ReferenceStore:
 
     # --- Events -----------------------------------------------------------------------------------
 
-    def save_events(self, events: list[MonitorEvent]) -> int:
+    def save_event(self, event: MonitorEvent) -> bool:
+        # One that tells its session nothing new goes the short way, which makes no reference of a
+        # parent that is not there. Only pruning sees it.
+        known = self.known.get(event.session_id)
+        tells_nothing = known is not None and (
+            known.source == "session"
+            or (
+                known.source == "event"
+                and known.session.start_time <= event.timestamp
+                and (event.parent_session_id is None or known.session.parent_session_id is not None)
+            )
+        )
+        return bool(self.save_events([event], refer=not tells_nothing))
+
+    def save_events(self, events: list[MonitorEvent], *, refer: bool = True) -> int:
         stored = {event.id for event in self.events}
         first: dict[str, MonitorEvent] = {}
         for event in events:
@@ -62,7 +76,7 @@ class ReferenceStore:
             own = [event for event in batch if event.session_id == session_id]
             self._learn(session_id, min(own, key=lambda event: event.timestamp))
         for event in sorted(batch, key=lambda event: event.timestamp):
-            if event.parent_session_id is not None:
+            if refer and event.parent_session_id is not None:
                 self._refer(event.parent_session_id, event.timestamp)
         for event in batch:
             known = self.known[event.session_id]

@@ -133,7 +133,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(event=events)
     def save_event(self, event: MonitorEvent) -> None:
-        assert self.store.save_event(event) == bool(self.model.save_events([event]))
+        assert self.store.save_event(event) == self.model.save_event(event)
 
     @rule(batch=st.lists(events, max_size=12))
     def save_events(self, batch: list[MonitorEvent]) -> None:
