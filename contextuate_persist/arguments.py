@@ -34,8 +34,8 @@ TARGETS = tuple(
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
-# An adopted event may have any time; but who writes 2026-01 means a month.
-_CURSOR = re.compile("(?!(19|20)[0-9]{2}-[01][0-9]$)-?[0-9]+-[0-9]+")
+# An adopted event may have nearly any time; but who writes 2026-1 or 12-24 means a date.
+_CURSOR = re.compile("(-[0-9]+|0|[0-9]{5,})-[0-9]+")
 
 
 def _time(text: str) -> int | Cursor:

@@ -66,12 +66,13 @@ def copy_store(
 
     Events keep their order within a session, and their ids, so what is there already is left
     alone. Of a session that the target knows, too, the later change counts, by the servers' clocks,
-    which are compared first. A change is dated when it begins and may then wait for a lock: the
-    target's counts only if it is later by more than the source's `lock_timeout`. Deletions come
-    along: what is late in the source will be late in the target; what the target has deleted stays
-    deleted; and a session that the source has deleted since an earlier copy is kept. Writers need
-    not stop, but only a copy that runs after they have stopped finds all. Raises
-    ConfigurationError if both are one database, and what the stores raise; run again, it goes on.
+    which are compared first. A change is dated when its transaction begins, and may be seen as
+    much later as that takes: the target's counts only if it is later by more than the source's
+    `statement_timeout` and `lock_timeout` together. Deletions come along: what is late in the
+    source will be late in the target; what the target has deleted stays deleted; and a session that
+    the source has deleted since an earlier copy is kept. Writers need not stop, but only a copy
+    that runs after they have stopped finds all. Raises ConfigurationError if both are one database,
+    and what the stores raise; run again, it goes on.
     """
     if (source.backend, source._place) == (target.backend, target._place):  # noqa: SLF001
         raise ConfigurationError("copy: the source and the target are the same database")
@@ -275,6 +276,8 @@ class _Copier:
         try:
             usages = self._source.get_usage(session_id)
             self._counted += self._target.save_usage(session_id, usages)
+        except InvalidRecord as error:  # of a row that something else has written
+            self._tell(f"{session_id}: {error}")
         except SessionNotFound:
             pass  # deleted in the target, or at this moment in the source
 
@@ -359,10 +362,10 @@ class _Copier:
 def _clocks(source: BaseStore, target: BaseStore) -> tuple[int, int]:
     """How far the target's clock is ahead, and by how much two changes may seem to be exchanged.
 
-    Milliseconds, both. What changes a session waits for its lock, and is dated from before.
+    Milliseconds, both. What changes a session is dated from before it waits for its locks.
     """
     before, there, after = source.clock(), target.clock(), source.clock()
-    wait = milliseconds(source._lock_timeout)  # noqa: SLF001
+    wait = milliseconds(source._statement_timeout + source._lock_timeout)  # noqa: SLF001
     return there - (before + after) // 2, wait + after - before
 
 

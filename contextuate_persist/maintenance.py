@@ -210,7 +210,7 @@ def _archive(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
         message += f"; {report.kept:,} are kept"
         if report.unfit:
             message += f", {report.unfit:,} of them cannot be archived: {report.problems[0]}"
-            return _warn("archive", message, "mend or delete them; `archive` names them all")
+            return _warn("archive", message, "mend or delete them; `archive` names them")
         return _ok("archive", message)
     due = retention.plan(store, tasks.policy)
     if not due.sessions:

@@ -428,6 +428,10 @@ class _Importer:
             session = replace(session, token_usage=TokenUsage())
         try:
             self._restore(session)
+            if archive.usages:
+                # At once: of a file that is cut or damaged later the end does not come.
+                with suppress(SessionNotFound):
+                    self._store.save_usage(session.session_id, archive.usages)
         except InvalidRecord as error:
             self.refuse(archive.place, str(error))
         else:
@@ -439,6 +443,7 @@ class _Importer:
         archive.session_id, archive.usages = "", []
         if session_id and end.get("sessionId") == session_id:
             try:
+                # Again: its events may have brought it back.
                 self._store.save_usage(session_id, usages)
             except SessionNotFound:  # it stays deleted
                 self._deleted += 1

@@ -563,6 +563,24 @@ def test_a_session_whose_line_is_the_last_of_a_cut_archive_comes_back(
     assert [one.label for one in store.get_sessions()] == ["kept"]
 
 
+@pytest.mark.parametrize("last", ["message", "event"])
+def test_messages_come_back_from_an_archive_that_is_cut_behind_them(
+    store: BaseStore, tmp_path: Path, last: str
+) -> None:
+    store.save_session(session("s", **OLD))
+    store.save_usage("s", [usage("m1"), usage("m2")])
+    store.save_event(event("s", T0))
+    (before,), messages = store.get_sessions(), store.get_usage("s")
+    (path,) = archive(store, tmp_path, POLICY).files
+    cut = tmp_path / "cut.jsonl"
+    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    cut.write_bytes(b"".join(lines[: 4 if last == "message" else 5]))
+    (refusal,) = import_path(store, cut, undelete=True).refused
+    assert "the archive has no end" in refusal
+    (found,) = store.get_sessions()
+    assert (found.token_usage, store.get_usage("s")) == (before.token_usage, messages)
+
+
 def test_of_an_archive_of_a_newer_version_nothing_is_stored(
     store: BaseStore, tmp_path: Path
 ) -> None:

@@ -161,6 +161,19 @@ def test_a_second_copy_brings_what_has_come_since(store: BaseStore, target: Base
     assert target.get_events("root") == store.get_events("root")
 
 
+def test_a_message_that_something_else_has_written_is_named_and_the_rest_comes(
+    store: BaseStore, target: BaseStore, database: Database
+) -> None:
+    store.save_sessions([session("s"), session("t")])
+    store.save_usage("s", [usage("m1")])
+    store.save_usage("t", [usage("m2")])
+    database.execute("UPDATE token_ledger SET timestamp = 5 WHERE session_id = 's'")
+    report = copy_store(store, target)
+    assert any("s: " in problem and "5 is no time" in problem for problem in report.problems)
+    assert {one.session_id for one in target.get_sessions()} == {"s", "t"}
+    assert len(target.get_usage("t")) == 1
+
+
 @pytest.mark.parametrize("behind", [0, 60])
 def test_what_was_changed_in_the_target_stays_also_if_its_clock_is_behind(
     store: BaseStore,
@@ -171,7 +184,7 @@ def test_what_was_changed_in_the_target_stays_also_if_its_clock_is_behind(
     behind: int,
 ) -> None:
     fill(store)
-    redate(database, -30)
+    redate(database, -100)
     copy_store(store, target)
     target.update_session("root", label="renamed there", is_pinned=False)
     target.update_session("made by events", label="this, too")
