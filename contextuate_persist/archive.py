@@ -31,7 +31,7 @@ from contextuate_persist.errors import (
     PersistenceError,
 )
 from contextuate_persist.model import MessageUsage, MonitorEvent, SessionMeta
-from contextuate_persist.records import Weight
+from contextuate_persist.records import SessionState, Weight
 from contextuate_persist.retention import Progress, PruneReport, RetentionPolicy, Tree
 from contextuate_persist.spool import make_directory, sync_directory
 
@@ -277,19 +277,20 @@ class _Work:
                     for tree, _ in some:
                         for state in tree:
                             if state.is_shown:
-                                self._write_session(lines, state.session_id)
+                                self._write_session(lines, state)
                 lines.write(transfer.ARCHIVE_END, {"sessions": lines.sessions})
             file.flush()
             os.fsync(descriptor)
         return fingerprints
 
-    def _write_session(self, lines: _Lines, session_id: str) -> None:
+    def _write_session(self, lines: _Lines, state: SessionState) -> None:
+        session_id = state.session_id
         lines.begin()
         try:
             for kind, record in self._records(session_id):
                 if isinstance(record, SessionMeta):
                     self._read[session_id] = record
-                lines.write_record(session_id, kind, record)
+                lines.write_record(state, kind, record)
         except PersistenceError as error:
             # Of a row that something else has written; a payload that cannot be read has the base.
             if type(error) not in (InvalidRecord, PersistenceError):
@@ -386,9 +387,11 @@ class _Lines:
     def write(self, kind: str, wire: Mapping[str, Any]) -> None:
         self._put(kind, display.json_line({"kind": kind, **wire}).encode())
 
-    def write_record(self, session_id: str, kind: str, record: Record) -> None:
+    def write_record(self, state: SessionState, kind: str, record: Record) -> None:
         """Write a record; raises InvalidRecord, naming it, if no line can bring it back."""
-        own = {"sessionId": session_id} if kind == transfer.USAGE else {}
+        own = {"sessionId": state.session_id} if kind == transfer.USAGE else {}
+        if kind == transfer.SESSION and state.known_from == "event":
+            own = transfer.OF_EVENTS
         try:
             if isinstance(record, MonitorEvent):
                 payload.encode(record.data)  # what this refuses, an import would refuse

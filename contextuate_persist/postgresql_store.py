@@ -865,7 +865,7 @@ SELECT
     s.start_time,
     s.end_time,
     {LAST_EVENT},
-    s.known_from <> 'reference' AS is_shown
+    s.known_from
 FROM sessions AS s
 """
 

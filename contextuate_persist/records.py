@@ -378,7 +378,12 @@ class SessionState(NamedTuple):
     is_pinned: bool
     last_active: int  # its end, else its last event, else its start
     last_event: int | None  # also one that came after its end
-    is_shown: bool  # no mere reference
+    known_from: str
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it is no mere reference."""
+        return self.known_from != "reference"
 
 
 class Due(NamedTuple):
@@ -397,11 +402,9 @@ class Weight(NamedTuple):
 
 def state_from_row(row: Sequence[Any]) -> SessionState:
     """The state in a row of its fields."""
-    session_id, parent_id, is_pinned, start, end, last_event, is_shown = row
+    session_id, parent_id, is_pinned, start, end, last_event, known_from = row
     last_active = next(time for time in (end, last_event, start) if time is not None)
-    return SessionState(
-        session_id, parent_id, bool(is_pinned), last_active, last_event, bool(is_shown)
-    )
+    return SessionState(session_id, parent_id, bool(is_pinned), last_active, last_event, known_from)
 
 
 def usage_from_row(row: Sequence[Any]) -> MessageUsage:

@@ -1,7 +1,7 @@
 """Import: JSON lines of events, archives, and contextuate's file store, into any store.
 
 A bad line costs that line only. Memory is bounded by the longest line and one batch, however long
-the file, but for the ids of archived sessions that had no end.
+the file, but for the ids of archived sessions that had no end, or that nobody had saved.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ ARCHIVE, SESSION, USAGE, EVENT, SESSION_END, ARCHIVE_END = (
     "sessionEnd",
     "archiveEnd",
 )
+#: What the line of a session has besides if nobody had saved it: events alone told of it.
+OF_EVENTS = {"knownFrom": "event"}
 ARCHIVE_VERSION = 1
 
 _BATCH_EVENTS = 500
@@ -302,6 +304,7 @@ class _Importer:
         self._progress = progress
         self._archive: _Archive | None = None
         self._without_end: set[str] = set()
+        self._of_events: set[str] = set()
         self._deleted = 0
         self._bytes_done = 0
         self._bytes_total: int | None = None
@@ -406,6 +409,7 @@ class _Importer:
             self.flush()
             self._archive.begin(line or b"", place)
             self._archive.session = SessionMeta.from_wire(record)
+            self._archive.is_of_events = OF_EVENTS.items() <= record.items()
         elif kind == USAGE:
             self._archive.usages.append(MessageUsage.from_wire(record))
         elif kind == SESSION_END:
@@ -427,7 +431,7 @@ class _Importer:
             # They may count to another session by now: the ledger alone decides the totals.
             session = replace(session, token_usage=TokenUsage())
         try:
-            self._restore(session)
+            self._restore(session, is_of_events=archive.is_of_events)
             if archive.usages:
                 # At once: of a file that is cut or damaged later the end does not come.
                 with suppress(SessionNotFound):
@@ -458,14 +462,18 @@ class _Importer:
             name = shown(end.get("sessionId"))
             raise InvalidRecord(f"sha256: the lines of session {name} are not those archived")
 
-    def _restore(self, session: SessionMeta) -> None:
+    def _restore(self, session: SessionMeta, *, is_of_events: bool) -> None:
         there = self._store.get_session(session.session_id)
         if there is None:
             if not self._store.save_session(session, undelete=self._undelete):
                 return
             self._sessions += 1
+        elif session.session_id in self._of_events and not is_of_events:
+            # What somebody saved replaces what only events told, however much later these came.
+            self._store.save_session(session)
         elif not self._is_half_restored(session, there):
             return
+        (self._of_events.add if is_of_events else self._of_events.discard)(session.session_id)
         if session.status == "active":
             if session.end_time is None:
                 self._without_end.add(session.session_id)
@@ -525,6 +533,7 @@ class _Archive:
     def __init__(self) -> None:
         self.ended = False
         self.session: SessionMeta | None = None  # until its messages are read
+        self.is_of_events = False  # nobody had saved it
         self.session_id = self.last_event_id = self.place = ""
         self.usages: list[MessageUsage] = []
         self._checksum = self._before = hashlib.sha256()

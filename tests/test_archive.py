@@ -721,7 +721,9 @@ def test_of_a_directory_the_newest_copy_of_a_session_decides_and_the_others_add(
 def test_what_came_after_a_session_was_archived_and_what_was_archived_come_together(
     store: BaseStore, tmp_path: Path
 ) -> None:
-    store.save_sessions([session("root", **OLD), session("s", parent_session_id="root", **OLD)])
+    store.save_sessions(
+        [session("root", **OLD), session("s", parent_session_id="root", label="kept", **OLD)]
+    )
     old = event("s", T0)
     store.save_event(old)
     store.save_usage("s", [usage("m1")])
@@ -729,15 +731,14 @@ def test_what_came_after_a_session_was_archived_and_what_was_archived_come_toget
     archive(store, tmp_path, POLICY)
     new = event("s", time.time_ns() // 1_000_000 + 100, parent_session_id="root")
     store.save_event(new)
-    (last, _, _) = content(store)["s"]
     time.sleep(0.2)
     archive(store, tmp_path, RetentionPolicy(max_age_days=0, spared_days=0))
     assert content(store) == {}
     import_path(store, tmp_path, undelete=True)
     there = content(store)
     assert there["root"] == first["root"]
-    assert there["s"][1:] == (first["s"][1], [old, new])
-    assert dataclasses.replace(last, token_usage=there["s"][0].token_usage) == there["s"][0]
+    # Somebody had saved it once: more than what later events alone tell of it.
+    assert there["s"] == (*first["s"][:2], [old, new])
 
 
 def test_an_import_of_a_directory_that_was_killed_is_completed_by_the_next(
