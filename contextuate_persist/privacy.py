@@ -154,9 +154,11 @@ class Survey:
 
     def _waiting(self) -> Iterator[tuple[str, About]]:
         """All that waits, by place."""
-        for record in waiting_records(self.places.spool):
+        unreadable: list[str] = []
+        for record in waiting_records(self.places.spool, unreadable):
             if about := _about_body(record.body):
                 yield "spool", about
+        self.left += unreadable
         for _, content in inbox.all_files(self.places.inbox):
             if about := _about_file(content):
                 yield "inbox", about
@@ -195,6 +197,7 @@ class Survey:
 
     def remove(self) -> Removed:
         """Remove what `look` has found, and what has come since."""
+        self.left.clear()  # what could not be looked at is told of again, where it lies by then
         if self.more and self.places.spool.is_dir():
             self._note()
         found = [

@@ -432,9 +432,12 @@ def spool_state(directory: str | Path) -> SpoolState:
     return SpoolState(records, size, oldest, tuple(unreadable))
 
 
-def waiting_records(directory: str | Path) -> Iterator[Record]:
-    """What can be read of what waits in a spool, without taking it; raises as `spool_state`."""
-    for _, waiting in _look(Path(directory), []):
+def waiting_records(directory: str | Path, unreadable: list[str]) -> Iterator[Record]:
+    """What waits in a spool, without taking it; raises as `spool_state`.
+
+    Files that cannot be read are added to a list, and why.
+    """
+    for _, waiting in _look(Path(directory), unreadable):
         yield from waiting
 
 

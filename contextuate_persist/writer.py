@@ -148,16 +148,20 @@ class EventWriter:
             if self._outbox is not None:
                 return
             recovered = self._spool.open()
-            self._dead_letters.open()
             settings = self._settings
-            outbox = Outbox(
-                self._spool,
-                self._dead_letters.aside,
-                recovered,
-                memory_bytes=settings.memory_bytes,
-                spool_bytes=settings.spool_bytes,
-                always=settings.always,
-            )
+            try:
+                self._dead_letters.open()
+                outbox = Outbox(
+                    self._spool,
+                    self._dead_letters.aside,
+                    recovered,
+                    memory_bytes=settings.memory_bytes,
+                    spool_bytes=settings.spool_bytes,
+                    always=settings.always,
+                )
+            except BaseException:
+                self._spool.close()
+                raise
             limits = BatchLimits(settings.batch_rows, settings.batch_bytes, settings.batch_seconds)
             self._sender = sender = Sender(self._store, outbox, self._dead_letters, limits)
             works = [partial(self._keep, outbox), sender.run]
@@ -223,7 +227,11 @@ class EventWriter:
         finally:
             lost = outbox.end()
             if keeper.is_alive():  # its disk does not answer: the spool is in use until it does
-                threading.Thread(target=self._close_after, args=(keeper,), daemon=True).start()
+                closing = threading.Thread(target=self._close_after, args=(keeper,), daemon=True)
+                try:
+                    closing.start()
+                except RuntimeError as error:  # then until this process ends
+                    log.warning("spool %s stays open: %s", self._settings.directory, error)
             else:
                 self._spool.close()
         return lost

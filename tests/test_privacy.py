@@ -394,6 +394,16 @@ def test_what_cannot_be_read_is_named(run: Run, home: Path, store: BaseStore) ->
     assert MARKER.encode() not in files(home)
 
 
+def test_a_spool_file_that_cannot_be_read_is_named_by_a_dry_run(
+    run: Run, home: Path, store: BaseStore
+) -> None:
+    fill(home)
+    path = home / "spool" / f"{1:020d}-{'0' * 16}.log"
+    path.mkdir()
+    status, _, err = run("forget", "--session", "s", "--dry-run")
+    assert (status, f"{path}: Is a directory" in err) == (0, True)
+
+
 def test_a_file_that_a_killed_hook_has_not_finished_is_named(
     run: Run, home: Path, store: BaseStore
 ) -> None:

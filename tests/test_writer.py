@@ -605,6 +605,35 @@ def test_a_spool_whose_disk_hung_at_the_end_can_be_opened_once_it_answers(
     assert store.get_events("s") == events
 
 
+def test_what_a_hung_disk_loses_is_told_also_where_no_thread_can_be_had(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, entered, answers = os.fdatasync, threading.Event(), threading.Event()
+
+    def hang(descriptor: int) -> None:
+        entered.set()
+        answers.wait(30)
+        original(descriptor)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(writer_module, "_KEEPER_SECONDS", 0.2)
+    writer = EventWriter(store, spool_directory=directory)
+    writer.init()
+    keeper = writer._threads[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", hang)
+        writer.put(event("s"))
+        assert entered.wait(30)
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(SpoolError, match="1 items .* the disk did not answer"):
+            writer.close(0.1)
+        answers.set()
+        keeper.join(30)
+    writer._spool.close()
+
+
 @pytest.mark.parametrize("had", [0, 1, 2])
 def test_a_writer_that_got_no_thread_can_be_opened_later(
     store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch, had: int
