@@ -211,6 +211,23 @@ def test_the_old_tables_stay_with_every_row(empty_database: Database) -> None:
     assert [empty_database.execute(f"SELECT COUNT(*) FROM {table}") for table in kept] == counts
 
 
+def test_the_old_tables_can_still_be_changed(empty_database: Database) -> None:
+    make_original(empty_database)
+    empty_database.owner().upgrade_schema()
+    old = (
+        "contextuate_original.sessions"
+        if empty_database.backend == "postgresql"
+        else "contextuate_original_sessions"
+    )
+    of_child = f"FROM {old} WHERE session_id = 'child'"
+    run_all(empty_database, [f"UPDATE {old} SET label = 'New' WHERE session_id = 'child'"])
+    assert empty_database.execute(f"SELECT label {of_child}") == [("New",)]
+    run_all(empty_database, [f"DELETE FROM {old} WHERE session_id = 'root'"])
+    assert empty_database.execute(f"SELECT parent_session_id {of_child}") == [(None,)]
+    with make_store(empty_database.url) as store:
+        assert store.get_session("root") is not None
+
+
 def test_a_dry_run_tells_the_statements_and_changes_nothing(empty_database: Database) -> None:
     make_original(empty_database)
     before = catalogue(empty_database)

@@ -19,6 +19,15 @@ ALTER TYPE session_status SET SCHEMA contextuate_original;
 ALTER TYPE monitor_event_type SET SCHEMA contextuate_original;
 ALTER TYPE claude_hook_type SET SCHEMA contextuate_original;
 
+-- The trigger of the old table keeps the function that it knows: ours needs a column of ours.
+DO $$
+BEGIN
+    IF to_regprocedure('update_updated_at_column()') IS NOT NULL THEN
+        ALTER FUNCTION update_updated_at_column() SET SCHEMA contextuate_original;
+    END IF;
+END
+$$;
+
 -- include: postgresql-schema.sql
 
 INSERT INTO sessions (
