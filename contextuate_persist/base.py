@@ -1257,8 +1257,9 @@ class BaseStore(ABC):
         events_unpartitioned. If events is partitioned already, only the partitions are added that
         are missing up to `ahead` coming ones (`partitions.AHEAD`). `progress` is called with the
         seq that was reached and the one to reach. Raises ConfigurationError for another unit than
-        the present one, and for what others made that would stay with the old table: triggers,
-        policies, views (PostgreSQL); StoreRefused for an account that is not the owner's.
+        the present one, and for what others made that would stay with the old table: columns,
+        rules, indexes, triggers, and on PostgreSQL policies, publications, views, functions;
+        StoreRefused for an account that is not the owner's.
         """
         if by not in (None, *partitions.AHEAD):
             raise ConfigurationError(f"by: month, week or day is needed, not {model.shown(by)}")

@@ -167,8 +167,8 @@ def _schema(seen: Seen) -> Iterator[Finding]:
 
 def _drift(seen: Seen) -> Iterator[Finding]:
     live = {str(row[0]) for row in seen.answers["shape"] or []}
-    wanted = {_name(line): line for line in seen.shape}
-    there = {_name(line): line for line in live}
+    wanted = {schema.shape_name(line): line for line in seen.shape}
+    there = {schema.shape_name(line): line for line in live}
     drifted = False
     for name in sorted(wanted):
         if there.get(name) == wanted[name]:
@@ -208,10 +208,6 @@ def _drift(seen: Seen) -> Iterator[Finding]:
 def _has_to_be_given(column: str) -> bool:
     filled = re.search(r" (default|identity|auto_increment|generated)\b", column, re.IGNORECASE)
     return " not null" in column and filled is None
-
-
-def _name(line: str) -> str:
-    return " ".join(line.split(" ", 2)[:2])
 
 
 def _privileges(seen: Seen) -> Iterator[Finding]:

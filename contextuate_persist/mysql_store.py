@@ -1108,14 +1108,13 @@ SELECT_FIRST_EVENT = "SELECT MIN(e.timestamp) FROM events AS e"
 
 # What follows a table when it is renamed; we make nothing of the kind. Views name it only.
 SELECT_ATTACHED = """
-SELECT CONCAT('trigger ', t.trigger_name, ' on table events') AS told
+SELECT CONCAT('trigger ', t.trigger_name, ' on table events')
 FROM information_schema.triggers AS t
 WHERE t.event_object_schema = DATABASE() AND t.event_object_table = 'events'
 UNION
 SELECT CONCAT('constraint ', k.constraint_name, ' on table ', k.table_name)
 FROM information_schema.key_column_usage AS k
 WHERE k.referenced_table_schema = DATABASE() AND k.referenced_table_name = 'events'
-ORDER BY told
 """
 
 # Of which sessions events were copied: of one that is gone in the end, or is another one then that
@@ -1410,7 +1409,8 @@ SELECT CONCAT(
     IF(MAX(i.is_visible) = 'NO', ' invisible', ''),
     ' (',
     GROUP_CONCAT(
-        i.column_name, IF(i.collation = 'D', ' desc', '') ORDER BY i.seq_in_index SEPARATOR ', '
+        COALESCE(i.column_name, i.expression), IF(i.collation = 'D', ' desc', '')
+        ORDER BY i.seq_in_index SEPARATOR ', '
     ),
     ')'
 )
@@ -2554,7 +2554,9 @@ class MySQLPartitions:
         return first
 
     def attached(self) -> list[str]:
-        return [told for (told,) in _execute(self._connection, SELECT_ATTACHED)]
+        shape = [line for (line,) in _execute(self._connection, SELECT_SHAPE)]
+        added = schema.additions(MySQLStore.backend, "events", shape)
+        return sorted(added.union(told for (told,) in _execute(self._connection, SELECT_ATTACHED)))
 
     # --- Converting -------------------------------------------------------------------------------
 

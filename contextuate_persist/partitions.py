@@ -122,7 +122,7 @@ class PartitionSession(Protocol):
         ...
 
     def attached(self) -> list[str]:
-        """What others made for the table of events that does not follow its name."""
+        """What others made for the table of events, or in it, that the new one would not have."""
         ...
 
     def prepare(self, spans: Sequence[Span]) -> None:
@@ -320,7 +320,8 @@ def _refuse_attached(session: PartitionSession) -> None:
     if found := session.attached():
         raise ConfigurationError(
             f"{session.place}: what others made for events would stay with the old table: "
-            f"{', '.join(found)}; drop it, partition, and make it again on the new table"
+            f"{', '.join(found)}; drop it (what a column holds, save first), partition, and make "
+            "it again on the new table"
         )
 
 

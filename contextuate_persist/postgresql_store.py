@@ -1043,8 +1043,9 @@ ORDER BY 3 NULLS LAST
 
 SELECT_FIRST_EVENT = "SELECT min(e.timestamp) FROM events AS e"
 
-# What refers to a table and not to its name; we make nothing of the kind but the foreign key with
-# its internal triggers. A publication of all tables, or of a schema, takes the new one by itself.
+# What refers to a table, or to the type of its rows, and not to its name; we make nothing of the
+# kind but the foreign key with its internal triggers. A publication of all tables, or of a schema,
+# takes the new one by itself.
 SELECT_ATTACHED = """
 SELECT DISTINCT
     CASE
@@ -1061,16 +1062,21 @@ WHERE d.refclassid = 'pg_class'::regclass
     AND (
         d.classid IN (
             'pg_policy'::regclass, 'pg_rewrite'::regclass, 'pg_publication_rel'::regclass,
-            'pg_proc'::regclass
+            'pg_proc'::regclass, 'pg_statistic_ext'::regclass
         )
         OR NOT t.tgisinternal
         OR c.confrelid = d.refobjid
     )
 UNION
+SELECT pg_describe_object(d.classid, d.objid, 0)
+FROM pg_class AS c
+JOIN pg_type AS t ON c.reltype IN (t.oid, t.typelem)
+JOIN pg_depend AS d ON d.refclassid = 'pg_type'::regclass AND d.refobjid = t.oid
+WHERE c.oid = 'events'::regclass AND d.classid = 'pg_proc'::regclass
+UNION
 SELECT 'row level security'
 FROM pg_class AS c
 WHERE c.oid = 'events'::regclass AND c.relrowsecurity
-ORDER BY 1
 """
 
 # The accounts that may use events may use what comes in its place.
@@ -1103,6 +1109,7 @@ FROM pg_index AS i
 WHERE i.indexrelid = to_regclass('idx_events_seq')
 """
 CREATE_SEQ_INDEX = "CREATE INDEX CONCURRENTLY idx_events_seq ON events (seq)"
+SEQ_INDEX = "index idx_events_seq on table events"  # as schema.additions tells of it
 DROP_SEQ_INDEX = "DROP INDEX CONCURRENTLY IF EXISTS idx_events_seq"
 
 SELECT_COPIED = "SELECT COALESCE(max(i.seq), 0) FROM event_ids AS i"
@@ -2897,7 +2904,9 @@ class PostgreSQLPartitions:
         return cast("int | None", first)
 
     def attached(self) -> list[str]:
-        return [told for (told,) in self._connection.execute(SELECT_ATTACHED)]
+        shape = [line for (line,) in self._connection.execute(SELECT_SHAPE)]
+        added = schema.additions(PostgreSQLStore.backend, "events", shape) - {SEQ_INDEX}
+        return sorted(added.union(told for (told,) in self._connection.execute(SELECT_ATTACHED)))
 
     # --- Converting -------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -237,6 +237,25 @@ def read_shape(backend: str, layout: str = "plain") -> frozenset[str]:
     """What the current schema makes, a line for each column, index and rule, to compare with."""
     text = schema_file(shape_file(backend, layout)).read_text(encoding="utf-8")
     return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def shape_name(line: str) -> str:
+    """What a line of a shape is about: `column events.data`."""
+    return " ".join(line.split(" ", 2)[:2])
+
+
+def additions(backend: str, table: str, live: Iterable[str]) -> set[str]:
+    """The columns, rules and indexes that a table of the plain layout has beyond the schema's."""
+    ours = {shape_name(line) for line in read_shape(backend)}
+    more = {shape_name(line) for line in live} - ours
+    added: set[str] = set()
+    for kind in ("column", "constraint", "index"):
+        names = {name.partition(".")[2] for name in more if name.startswith(f"{kind} {table}.")}
+        if kind == "index":
+            # Behind a constraint is an index of its name.
+            names = {name for name in names if f"constraint {table}.{name}" not in more}
+        added |= {f"{kind} {name} on table {table}" for name in names}
+    return added
 
 
 def load_migrations(backend: str) -> list[Migration]:

@@ -501,6 +501,44 @@ ATTACHED = {
         "DROP TABLE notes",
         "constraint of_event on table notes",
     ),
+    "function": (
+        (
+            "CREATE FUNCTION everything() RETURNS SETOF events LANGUAGE sql AS "
+            "'SELECT * FROM events'"
+        ),
+        "DROP FUNCTION everything()",
+        "function everything()",
+    ),
+    "function of an array": (
+        "CREATE FUNCTION many(events[]) RETURNS int LANGUAGE sql AS 'SELECT cardinality($1)'",
+        "DROP FUNCTION many(events[])",
+        "function many(events[])",
+    ),
+    "statistics": (
+        "CREATE STATISTICS tools ON machine_id, tool_name FROM events",
+        "DROP STATISTICS tools",
+        "statistics object tools",
+    ),
+    "column": (
+        "ALTER TABLE events ADD COLUMN reviewed VARCHAR(20) DEFAULT 'yes'",
+        "ALTER TABLE events DROP COLUMN reviewed",
+        "column reviewed on table events",
+    ),
+    "check": (
+        "ALTER TABLE events ADD CONSTRAINT no_teapots CHECK (tool_name <> 'Teapot')",
+        "ALTER TABLE events DROP CONSTRAINT no_teapots",
+        "constraint no_teapots on table events",
+    ),
+    "unique": (
+        "ALTER TABLE events ADD CONSTRAINT one_a_moment UNIQUE (machine_id, timestamp)",
+        "ALTER TABLE events DROP CONSTRAINT one_a_moment",
+        "constraint one_a_moment on table events",
+    ),
+    "index": (
+        "CREATE INDEX by_tool ON events ((lower(tool_name)))",
+        "DROP INDEX by_tool",
+        "index by_tool on table events",
+    ),
 }
 ATTACHED_MYSQL = {
     "trigger": (
@@ -516,6 +554,22 @@ ATTACHED_MYSQL = {
         "DROP TABLE notes",
         "constraint of_event on table notes",
     ),
+    "column": ATTACHED["column"],
+    "check": (
+        ATTACHED["check"][0],
+        "ALTER TABLE events DROP CHECK no_teapots",
+        "constraint no_teapots on table events",
+    ),
+    "unique": (
+        ATTACHED["unique"][0],
+        "ALTER TABLE events DROP INDEX one_a_moment",
+        "constraint one_a_moment on table events",
+    ),
+    "index": (
+        ATTACHED["index"][0],
+        "DROP INDEX by_tool ON events",
+        "index by_tool on table events",
+    ),
 }
 
 
@@ -526,7 +580,7 @@ ATTACHED_MYSQL = {
         for kind in ATTACHED
     ],
 )
-def test_a_table_with_policies_or_triggers_of_others_is_not_converted(
+def test_a_table_to_which_others_added_something_is_not_converted(
     plain: Database, kind: str
 ) -> None:
     attached = ATTACHED if plain.backend == "postgresql" else ATTACHED_MYSQL
