@@ -34,6 +34,7 @@ from contextuate_persist import (
     aio,
 )
 from contextuate_persist.aio import AsyncStore
+from contextuate_persist.base import BaseStore
 from contextuate_persist.embedded import EmbeddedStore
 from contextuate_persist.mysql_store import MySQLStore
 from contextuate_persist.postgresql_store import PostgreSQLStore
@@ -419,6 +420,18 @@ def test_calls_cancelled_at_any_moment_lose_no_connection(database: Database) ->
     run(main())
 
 
+def held_back(inner: BaseStore, name: str, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let a method of a store begin once the event is set."""
+    proceed, method = threading.Event(), getattr(inner, name)
+
+    def slow() -> None:
+        proceed.wait(20)
+        method()
+
+    monkeypatch.setattr(inner, name, slow)
+    return proceed
+
+
 def test_a_cancelled_opening_leaves_nothing_open(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,14 +499,7 @@ def test_of_two_openings_at_once_one_may_be_cancelled(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = make_store(database.url)
-    proceed = threading.Event()
-    init = inner.init
-
-    def slow_init() -> None:
-        proceed.wait(20)
-        init()
-
-    monkeypatch.setattr(inner, "init", slow_init)
+    proceed = held_back(inner, "init", monkeypatch)
 
     async def main(*, both: bool) -> None:
         proceed.clear()
@@ -541,14 +547,7 @@ def test_an_opening_after_a_cancelled_close_stays_open(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = make_store(database.url)
-    proceed = threading.Event()
-    close = inner.close
-
-    def slow_close() -> None:
-        proceed.wait(20)
-        close()
-
-    monkeypatch.setattr(inner, "close", slow_close)
+    proceed = held_back(inner, "close", monkeypatch)
 
     async def main() -> None:
         store = AsyncStore(inner)

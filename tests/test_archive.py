@@ -54,6 +54,10 @@ POLICY = RetentionPolicy()
 Content = dict[str, tuple[SessionMeta, list[MessageUsage], list[MonitorEvent]]]
 
 
+class KilledError(BaseException):
+    """Instead of a kill, at a place of the test's choice."""
+
+
 def content(store: BaseStore) -> Content:
     """Everything that a store has, by session."""
     return {
@@ -755,9 +759,6 @@ def test_an_import_of_a_directory_that_was_killed_is_completed_by_the_next(
             assert content(store) == before
     store.delete_all_sessions()
 
-    class KilledError(BaseException):
-        pass
-
     for method in ("save_session", "update_session", "save_events", "save_usage"):
         for calls in range(4):
             call, done = getattr(store, method), iter(range(calls))
@@ -836,9 +837,6 @@ def test_an_import_that_was_killed_within_a_session_is_completed_by_the_next(
     before = content(store)
     (path,) = archive(store, tmp_path, POLICY).files
 
-    class KilledError(BaseException):
-        pass
-
     update = store.update_session
     for name in ("root", "s"):
 
@@ -859,6 +857,14 @@ def test_an_import_that_was_killed_within_a_session_is_completed_by_the_next(
     assert content(store) == before
 
 
+def import_killed(store: BaseStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import, up to the messages of the first session."""
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_usage", mock.Mock(side_effect=KilledError))
+        with pytest.raises(KilledError):
+            import_path(store, path, undelete=True)
+
+
 def test_messages_that_count_to_another_session_by_now_are_not_counted_twice(
     store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -870,13 +876,7 @@ def test_messages_that_count_to_another_session_by_now_are_not_counted_twice(
     store.save_session(session("resumed", start_time=NOW))
     store.save_usage("resumed", [usage("m1", 10)])
 
-    class KilledError(BaseException):
-        pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "save_usage", mock.Mock(side_effect=KilledError))
-        with pytest.raises(KilledError):
-            import_path(store, path, undelete=True)
+    import_killed(store, path, monkeypatch)
     for _ in range(2):
         totals = {one.session_id: one.token_usage.total_output for one in store.get_sessions()}
         assert totals == {"first": 0, "resumed": 10}
@@ -892,13 +892,7 @@ def test_an_import_that_was_killed_before_it_counted_is_completed_by_the_next(
     before = content(store)
     (path,) = archive(store, tmp_path, POLICY).files
 
-    class KilledError(BaseException):
-        pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "save_usage", mock.Mock(side_effect=KilledError))
-        with pytest.raises(KilledError):
-            import_path(store, path, undelete=True)
+    import_killed(store, path, monkeypatch)
     import_path(store, path, undelete=True)
     assert content(store) == before
 

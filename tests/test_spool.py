@@ -273,10 +273,16 @@ def test_after_a_failed_write_the_same_records_go_to_another_file(
     again.close()
 
 
-def test_a_file_that_somebody_has_removed_is_reported(directory: Path) -> None:
+def of_two_files(directory: Path) -> Spool:
+    """A spool with five records in each."""
     spool = opened(directory, segment_bytes=100)
     spool.append(records(1, 5))
     spool.append(records(6, 5))
+    return spool
+
+
+def test_a_file_that_somebody_has_removed_is_reported(directory: Path) -> None:
+    spool = of_two_files(directory)
     segments(directory)[0].unlink()
     assert everything(spool) == records(6, 5)
     assert "No such file" in spool.damages[0]
@@ -297,9 +303,7 @@ def test_the_state_tells_what_waits_without_taking_the_spool(directory: Path) ->
 def test_what_cannot_be_read_of_a_spool_is_told_beside_what_can(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool = opened(directory, segment_bytes=100)
-    spool.append(records(1, 5))
-    spool.append(records(6, 5))
+    spool = of_two_files(directory)
     spool.close()
     first, second = segments(directory)
     with monkeypatch.context() as patch:
@@ -381,9 +385,7 @@ def test_a_file_that_cannot_be_opened_costs_what_is_in_it(directory: Path) -> No
 def test_a_file_that_the_disk_does_not_read_is_kept_aside(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool = opened(directory, segment_bytes=100)
-    spool.append(records(1, 5))
-    spool.append(records(6, 5))
+    spool = of_two_files(directory)
     [first, _] = segments(directory)
     original = Path.open
 
@@ -445,9 +447,7 @@ def unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_that_was_unreadable_once_is_not_removed_when_it_can_be_read(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool = opened(directory, segment_bytes=100)
-    spool.append(records(1, 5))
-    spool.append(records(6, 5))
+    spool = of_two_files(directory)
     spool.close()
     first, _ = segments(directory)
     whole = first.read_bytes()

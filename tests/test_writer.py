@@ -569,9 +569,8 @@ def test_an_event_larger_than_memory_passes_a_broken_disk(
         monkeypatch.undo()
 
 
-def test_a_spool_whose_disk_hung_at_the_end_can_be_opened_once_it_answers(
-    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def hung_disk(patch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Let nothing be flushed: once it is tried, the first event is set, until the second is."""
     original, entered, answers = os.fdatasync, threading.Event(), threading.Event()
 
     def hang(descriptor: int) -> None:
@@ -579,8 +578,15 @@ def test_a_spool_whose_disk_hung_at_the_end_can_be_opened_once_it_answers(
         answers.wait(30)
         original(descriptor)
 
+    patch.setattr(os, "fdatasync", hang)
+    return entered, answers
+
+
+def test_a_spool_whose_disk_hung_at_the_end_can_be_opened_once_it_answers(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer_module, "_KEEPER_SECONDS", 0.2)
-    monkeypatch.setattr(os, "fdatasync", hang)
+    entered, answers = hung_disk(monkeypatch)
     writer = EventWriter(store, spool_directory=directory)
     writer.init()
     events = [event("s", T0 + i) for i in range(2)]
@@ -608,13 +614,6 @@ def test_a_spool_whose_disk_hung_at_the_end_can_be_opened_once_it_answers(
 def test_what_a_hung_disk_loses_is_told_also_where_no_thread_can_be_had(
     store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, entered, answers = os.fdatasync, threading.Event(), threading.Event()
-
-    def hang(descriptor: int) -> None:
-        entered.set()
-        answers.wait(30)
-        original(descriptor)
-
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -623,7 +622,7 @@ def test_what_a_hung_disk_loses_is_told_also_where_no_thread_can_be_had(
     writer.init()
     keeper = writer._threads[0]
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", hang)
+        entered, answers = hung_disk(patch)
         writer.put(event("s"))
         assert entered.wait(30)
         patch.setattr(threading.Thread, "start", refuse)
