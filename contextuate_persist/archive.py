@@ -107,7 +107,7 @@ def archive(
             if stop is not None and stop.is_set():
                 break
             work.archive(batch)
-            done += sum(state.is_shown for tree, _ in batch for state in tree)
+            done += sum(retention.shown(tree) for tree, _ in batch)
             if progress is not None:
                 progress(done, found.sessions)
         store.forget_old_deletions()
@@ -224,7 +224,7 @@ class _Work:
             if self._unfit.keys().isdisjoint(state.session_id for state in tree):
                 fit.append((tree, weight))
             else:
-                self.unfit += sum(state.is_shown for state in tree)
+                self.unfit += retention.shown(tree)
         room = PROBLEMS_SHOWN - len(self.problems)
         self.problems += [*self._unfit.values()][:room]
         return fit
@@ -236,7 +236,7 @@ class _Work:
         gone = set(self._store.delete_unchanged(states, fingerprints, in_slices=many))
         for tree, weight in step:
             if tree[0].session_id in gone:
-                self.sessions += sum(state.is_shown for state in tree)
+                self.sessions += retention.shown(tree)
                 self.events += weight.events
                 self.size += weight.size
         self._stop.wait(self._rest * (time.monotonic() - begun))

@@ -219,12 +219,9 @@ class _Copier:
         """Save those that are due and not the same already; all that are due, as they were read."""
         found = self._read([*filter(self._is_due, ids)])
         there = self._target.sessions_of([one for one in found if self._is_saved_there(one)])
+        own = [found[session_id] for session_id in ids if session_id in found]
         self._saved += self._save(
-            [
-                session
-                for session in (found[session_id] for session_id in ids if session_id in found)
-                if self._is_to_save(session, there.get(session.session_id))
-            ]
+            [session for session in own if self._is_to_save(session, there.get(session.session_id))]
         )
         return found
 

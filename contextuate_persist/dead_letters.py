@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import os
@@ -140,7 +139,7 @@ def replay(letter: DeadLetter, store: BaseStore) -> bool:
             store.update_session(session_id, **fields)
             return True
         if kind == "record":
-            return _replay_value(queued.from_body(base64.b64decode(record)), letter, store)
+            return _replay_value(queued.reread(letter.content), letter, store)
     except SpoolError as error:
         raise InvalidRecord("record: of another version, which this one cannot read") from error
     except (TypeError, AttributeError, ValueError) as error:  # somebody has edited the letter

@@ -205,8 +205,7 @@ def _archive(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
     if tasks.archives is not None:
         report = archive(store, tasks.archives, tasks.policy, recipients=tasks.recipients)
         message = f"{report.sessions:,} sessions with {report.events:,} events archived"
-        if changed := report.spared - report.unfit:
-            message += f", {changed:,} changed meanwhile and are left for the next time"
+        message += retention.left_words(report.spared - report.unfit)
         message += f"; {report.kept:,} are kept"
         if report.unfit:
             message += f", {report.unfit:,} of them cannot be archived: {report.problems[0]}"

@@ -154,11 +154,9 @@ class Survey:
 
     def _waiting(self) -> Iterator[tuple[str, About]]:
         """All that waits, by place."""
-        unreadable: list[str] = []
-        for record in waiting_records(self.places.spool, unreadable):
+        for record in waiting_records(self.places.spool, self.left):
             if about := _about_body(record.body):
                 yield "spool", about
-        self.left += unreadable
         for _, content in inbox.all_files(self.places.inbox):
             if about := _about_file(content):
                 yield "inbox", about

@@ -269,6 +269,11 @@ def unreadable(body: bytes, reason: str) -> Refused:
     return Refused("record", base64.b64encode(body).decode(), reason)
 
 
+def reread(refused: Refused) -> Value:
+    """What `unreadable` was given; raises as `from_body`, ValueError for what is no body at all."""
+    return from_body(base64.b64decode(refused.record))
+
+
 class _InWords:
     """Tells a value in JSON; what JSON does not have in words, and then it is not `exact`."""
 

@@ -114,13 +114,13 @@ def plan(store: BaseStore, policy: RetentionPolicy, *, now: int | None = None) -
         oldest = now - policy.max_age_days * DAY
         count = sum(_last_active(tree) < oldest for tree in free)
     if policy.max_sessions is not None:
-        excess = sum(map(_shown, forest)) - policy.max_sessions
-        count = max(count, _first_that_make(excess, map(_shown, free)))
+        excess = sum(map(shown, forest)) - policy.max_sessions
+        count = max(count, _first_that_make(excess, map(shown, free)))
     if policy.max_bytes is not None:
         count = max(count, _over_bytes(store, policy.max_bytes, forest, free))
     due = tuple(free[:count])
-    gone = sum(map(_shown, due))
-    return RetentionPlan(trees=due, sessions=gone, kept=sum(map(_shown, forest)) - gone)
+    gone = sum(map(shown, due))
+    return RetentionPlan(trees=due, sessions=gone, kept=sum(map(shown, forest)) - gone)
 
 
 def _last_active(tree: Tree) -> int:
@@ -135,7 +135,13 @@ def _pinned(tree: Tree) -> bool:
     return any(state.is_pinned for state in tree)
 
 
-def _shown(tree: Tree) -> int:
+def left_words(changed: int) -> str:
+    """What a report says, behind a comma, of sessions that changed meanwhile."""
+    return f", {changed:,} changed meanwhile and are left for the next time" if changed else ""
+
+
+def shown(tree: Tree) -> int:
+    """How many sessions of a tree count: mere references do not."""
     return sum(state.is_shown for state in tree)
 
 
@@ -219,9 +225,9 @@ def prune(
         states = [state for tree, _ in step for state in tree]
         gone = set(store.delete_unchanged(states))
         for tree, weight in step:
-            done += _shown(tree)
+            done += shown(tree)
             if tree[0].session_id in gone:
-                sessions += _shown(tree)
+                sessions += shown(tree)
                 events += weight.events
                 size += weight.size
         if progress is not None:

@@ -121,6 +121,5 @@ def words(report: PruneReport) -> str:
 
 def spared(report: PruneReport, unfit: int) -> str:
     """What else there is to say."""
-    changed = report.spared - unfit
-    text = f", {changed:,} changed meanwhile and are left for the next time" if changed else ""
+    text = retention.left_words(report.spared - unfit)
     return text + (f", {unfit:,} cannot be archived and stay" if unfit else "")

@@ -473,7 +473,10 @@ class _Importer:
             self._store.save_session(session)
         elif not self._is_half_restored(session, there):
             return
-        (self._of_events.add if is_of_events else self._of_events.discard)(session.session_id)
+        if is_of_events:
+            self._of_events.add(session.session_id)
+        else:
+            self._of_events.discard(session.session_id)
         if session.status == "active":
             if session.end_time is None:
                 self._without_end.add(session.session_id)
