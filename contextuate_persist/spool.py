@@ -119,10 +119,10 @@ class Spool:
             self._remove_finished()
             self.damaged.look()
         except OSError as error:
-            self.close()
+            self._release()
             raise SpoolError(f"{self.directory}: {error.strerror or error}") from error
         except BaseException:
-            self.close()
+            self._release()
             raise
         return records
 
@@ -130,14 +130,20 @@ class Spool:
         """Let go of the spool, once nobody appends any more; what is in it stays."""
         with self._files:
             self._end_segment()
-            with contextlib.suppress(OSError):
-                self._remove_finished()
-            self._let_go()
+            if self._marking is not None:
+                self._finish()
+            self._release()
 
     def forget(self) -> None:
         """In a forked child: the spool is the parent's."""
         self._files = threading.Lock()
         self.damaged.forget()
+        self._let_go()
+
+    def _release(self) -> None:
+        if self._locking is not None:
+            # In so many words: a child that is just being forked may have the file open, too.
+            fcntl.flock(self._locking, fcntl.LOCK_UN)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -216,13 +222,16 @@ class Spool:
             if self._marking is None:  # closed: all this comes again
                 return
             self.acknowledged = max(self.acknowledged, number)
-            # A file that is put aside goes first: once its numbers are done with, a start after a
-            # kill would remove it.
-            for step in (self._remove_finished, self._mark_acknowledged):
-                try:
-                    step()
-                except OSError as error:
-                    log.warning("spool %s: %s; some records may come again", self.directory, error)
+            self._finish()
+
+    def _finish(self) -> None:
+        # A file that is put aside goes first: once its numbers are done with, a start after a kill
+        # would remove it.
+        for step in (self._remove_finished, self._mark_acknowledged):
+            try:
+                step()
+            except OSError as error:
+                log.warning("spool %s: %s; some records may come again", self.directory, error)
 
     def rewrite(self, edit: Callable[[bytes], bytes | None]) -> int:
         """Let `edit` change the body of each record, or remove it; returns how many are gone.

@@ -432,6 +432,50 @@ def test_what_was_unreadable_and_could_not_be_moved_is_there_after_a_restart(
     third.close()
 
 
+def test_what_is_done_with_is_noted_also_if_only_closing_can_move_what_was_unreadable(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = of_two_files(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing(errno.EIO))
+        assert everything(spool) == []
+        patch.setattr(Path, "mkdir", failing(errno.ENOSPC))
+        spool.acknowledge(8)
+    spool.close()
+    again = Spool(directory)
+    assert again.open() == 2
+    assert everything(again, after=again.acknowledged) == records(9, 2)
+    again.close()
+
+
+def test_a_closed_spool_can_be_opened_although_a_child_of_its_process_has_its_files(
+    directory: Path,
+) -> None:
+    """As for the moment between a fork and what runs in the child after it."""
+    spool = opened(directory)
+    assert spool._locking is not None
+    held = os.dup(spool._locking)  # shares the lock, as a child's descriptor does
+    spool.close()
+    opened(directory).close()
+    os.close(held)
+
+
+def test_opening_in_vain_changes_nothing_of_what_is_done_with(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(directory)
+    spool.append(records(1, 5))
+    spool.acknowledge(3)
+    spool.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", failing(errno.EIO))
+        with pytest.raises(SpoolError, match="Input/output error"):
+            Spool(directory).open()
+    again = Spool(directory)
+    assert again.open() == 2
+    again.close()
+
+
 def unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a spool that opens not read a file, whoever runs the tests."""
     original = Path.read_bytes
