@@ -309,6 +309,11 @@ class Survey:
             record = [told[0], self._without_ids(told[1])]
         elif refused.kind in ("event", "session"):
             record = self._without_ids(told)
+        elif refused.kind == "record":
+            value = queued.reread(refused)
+            edited = self._without_names(value)
+            if edited is not value:
+                return queued.unreadable(queued.to_body(edited), refused.reason)
         return refused if record == told else refused._replace(record=record)
 
     def _without_ids(self, told: Any) -> Any:
@@ -453,6 +458,8 @@ def _about_refused(value: Refused) -> About | None:
     told = value.record
     if value.kind == "update" and isinstance(told, list) and len(told) == 2:
         return _about_update(_text(told[0]), told[1] if isinstance(told[1], dict) else {})
+    if value.kind == "record":
+        return _about_reread(value)
     if value.kind not in ("event", "session") or not isinstance(told, dict):
         return None
     parent = told.get("manualParentSessionId") or told.get("parentSessionId")
@@ -463,6 +470,14 @@ def _about_refused(value: Refused) -> About | None:
         _text(told.get("workingDirectory")),
         value.kind == "session",
     )
+
+
+def _about_reread(value: Refused) -> About | None:
+    """Of a record that an earlier version could not read, perhaps this one can."""
+    try:
+        return _about(queued.reread(value))
+    except (SpoolError, ValueError, TypeError, AttributeError):  # it cannot, or it was edited
+        return None
 
 
 def _text(value: object) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from contextuate_persist import EventWriter, inbox
+from contextuate_persist import EventWriter, inbox, queued
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.dead_letters import DeadLetters
@@ -293,6 +293,42 @@ def test_what_waits_or_was_refused_of_neighbours_names_it_no_more_and_can_still_
     assert (kept.child_session_ids, kept.label) == (("more",), "kept")
     assert (kept.hidden, kept.is_pinned) == (True, True)
     assert MARKER not in rows(database, "deleted_sessions")
+
+
+def test_letters_that_a_version_before_could_not_read_go_where_this_one_can(
+    run: Run, home: Path, store: BaseStore
+) -> None:
+    """As a record of a newer version is set aside by an older one, until that is gone."""
+    gone = f"{MARKER} itself"
+    letters = DeadLetters(home / "spool" / "dead")
+    spooled = [
+        session(gone, label="its own"),
+        session("below", parent_session_id=gone),
+        session("moved", parent_session_id=gone, manual_parent_session_id="folder"),
+        queued.Update("other", {"parent_session_id": gone, "hidden": True}),
+        queued.Refused("session", session(gone).to_wire(), "teapot"),
+    ]
+    for number, value in enumerate(spooled):
+        letters.add(queued.unreadable(queued.to_body(value), "then"), T0 + number)
+    store.save_session(session("other"))
+    store.update_session("other", manual_parent_session_id="folder")
+    strange = letters.add(queued.unreadable(b"Zzz", "then"), T0 + 9)
+    status, out, _ = run("forget", "--session", gone, "--yes", "--json")
+    [told_of] = records(out)
+    assert (status, told_of["removed"]["deadLetters"]) == (1, 3)
+    [left] = told_of["left"]
+    assert f"{strange}.json: cannot be read" in left
+    assert all(MARKER.encode() not in body for body in bodies(letters))
+    (letters.directory / f"{strange}.json").unlink()
+    assert run("dead", "replay")[:2] == (0, "2 stored, 0 there already, 0 still refused\n")
+    assert {one.session_id: one.parent_session_id for one in store.get_sessions()} == {
+        "moved": None,
+        "other": None,
+    }
+
+
+def bodies(letters: DeadLetters) -> list[bytes]:
+    return [base64.b64decode(letter.content.record) for letter in letters]
 
 
 def test_nothing_is_made_where_nothing_is(run: Run, home: Path, store: BaseStore) -> None:
