@@ -49,6 +49,7 @@ _VISIT_EVENTS = 256
 _VISIT_SECONDS = 0.01
 
 _stores: weakref.WeakSet[AsyncStore] = weakref.WeakSet()
+_lifetimes: weakref.WeakSet[_Lifetime] = weakref.WeakSet()
 
 
 def _copied(given: Iterable[T]) -> Iterable[T]:
@@ -76,43 +77,16 @@ class AsyncStore:
         """Take a store that is not open yet."""
         self._store = store
         self._threads: ThreadPoolExecutor | None = None
-        # That go on, though nobody may wait for them.
-        self._openings: set[Future[None]] = set()
-        self._closings: set[Future[None]] = set()
-        self._initializing = 0  # calls of init that do wait
+        self._lifetime = _Lifetime(store.init, store.close)
         _stores.add(self)
 
     def __repr__(self) -> str:
         return f"<AsyncStore of {self._store!r}>"
 
     async def init(self) -> None:
-        before = (*self._openings, *self._closings)
-        opening = _start_thread(partial(self._open, before), "contextuate_persist-init")
-        self._openings.add(opening)
-        opening.add_done_callback(self._openings.discard)
-        self._initializing += 1
-        try:
-            await asyncio.wrap_future(opening)
-        except BaseException:
-            self._initializing -= 1
-            if self._threads is None and not self._initializing:
-                # Cancelled, most likely: what opens now is closed by nobody, `__aexit__` is not
-                # called after this.
-                self._start_closing(partial(self._undo, opening))
-            raise
-        self._initializing -= 1
+        await self._lifetime.begin()
         if self._threads is None:
             self._threads = self._new_threads()
-
-    def _open(self, before: Iterable[Future[None]]) -> None:
-        # Whose callers may have left. Closings would close what is opened here; an opening would
-        # open again what is closed since this one's caller left, too.
-        wait(before)
-        self._store.init()
-
-    def _undo(self, opening: Future[None]) -> None:
-        wait([opening])
-        self._store.close()
 
     async def close(self) -> None:
         """Close every connection. A second call does nothing.
@@ -122,13 +96,7 @@ class AsyncStore:
         closes all the same; an `init` after that waits for it.
         """
         threads, self._threads = self._threads, None
-        await asyncio.wrap_future(self._start_closing(partial(self._finish, threads)))
-
-    def _start_closing(self, work: Callable[[], None]) -> Future[None]:
-        closing = _start_thread(work, "contextuate_persist-close")
-        self._closings.add(closing)
-        closing.add_done_callback(self._closings.discard)
-        return closing
+        await self._lifetime.end(partial(self._finish, threads))
 
     def _finish(self, threads: ThreadPoolExecutor | None) -> None:
         if threads is not None:
@@ -420,20 +388,22 @@ class AsyncEventWriter:
     def __init__(self, writer: EventWriter) -> None:
         """Take a writer that is not open yet."""
         self._writer = writer
+        self._lifetime = _Lifetime(writer.init, writer.close)
         self._order = asyncio.Lock()
+        self._puts = 0
 
     def __repr__(self) -> str:
         return f"<AsyncEventWriter of {self._writer!r}>"
 
     async def init(self) -> None:
-        self._order = asyncio.Lock()  # of this event loop
-        await _in_thread(self._writer.init)
+        self._order, self._puts = asyncio.Lock(), 0  # of this event loop
+        await self._lifetime.begin()
 
     async def flush(self, timeout: float | None = None) -> int:
         return await _in_thread(partial(self._writer.flush, timeout))
 
     async def close(self, timeout: float | None = 10.0) -> int:
-        return await _in_thread(partial(self._writer.close, timeout))
+        return await self._lifetime.end(partial(self._writer.close, timeout))
 
     async def __aenter__(self) -> Self:
         await self.init()
@@ -464,20 +434,94 @@ class AsyncEventWriter:
 
     async def _put(self, prepared: Prepared, timeout: float | None) -> AsyncReceipt:
         value, size, disk = prepared
+        if timeout is None:
+            timeout = self._writer._settings.put_timeout  # noqa: SLF001
+        until = time.monotonic() + timeout
 
-        def put(seconds: float | None) -> Receipt:
+        def put(seconds: float) -> Receipt:
             return self._writer._put(value, size, disk, seconds)  # noqa: SLF001
 
-        async with self._order:  # who waits for room does not let others pass
+        # Who waits for room does not let others pass; in line, too, nobody waits for longer.
+        self._puts += 1
+        try:
+            if self._puts == 1:  # nobody is before it
+                await self._order.acquire()
+            else:
+                await asyncio.wait_for(self._order.acquire(), timeout)
             try:
                 return AsyncReceipt(put(0))
             except SpoolFull:
                 raise
             except SpoolError:  # memory is full: the loop must not wait for room, a thread may
-                return AsyncReceipt(await _in_thread(partial(put, timeout)))
+                left = max(0.0, until - time.monotonic())
+                return AsyncReceipt(await _in_thread(partial(put, left)))
+            finally:
+                self._order.release()
+        except asyncio.TimeoutError:
+            raise self._writer._open_outbox().memory_is_full() from None  # noqa: SLF001
+        finally:
+            self._puts -= 1
 
     def health(self) -> WriterHealth:
         return self._writer.health()
+
+
+class _Lifetime:
+    """Opens what a facade stands for, and closes it, in threads that may outlive their callers."""
+
+    def __init__(self, init: Callable[[], None], close: Callable[[], object]) -> None:
+        self._init, self._close = init, close
+        self._is_open = False
+        # That go on, though nobody may wait for them.
+        self._openings: set[Future[None]] = set()
+        self._closings: set[Future[Any]] = set()
+        self._beginning = 0  # calls of begin that do wait
+        _lifetimes.add(self)
+
+    async def begin(self) -> None:
+        before = (*self._openings, *self._closings)
+        opening = _start_thread(partial(self._open, before), "contextuate_persist-init")
+        self._openings.add(opening)
+        opening.add_done_callback(self._openings.discard)
+        self._beginning += 1
+        try:
+            await asyncio.wrap_future(opening)
+        except BaseException:
+            self._beginning -= 1
+            if not self._is_open and not self._beginning:
+                # Cancelled, most likely: what opens now is closed by nobody, `__aexit__` is not
+                # called after this.
+                self._start_closing(partial(self._undo, opening))
+            raise
+        self._beginning -= 1
+        self._is_open = True
+
+    async def end(self, work: Callable[[], T]) -> T:
+        self._is_open = False
+        return await asyncio.wrap_future(self._start_closing(work))
+
+    def forget(self) -> None:
+        """In a forked child, which has none of the parent's threads."""
+        self._openings, self._closings = set(), set()
+        self._beginning = 0
+
+    def _open(self, before: Iterable[Future[Any]]) -> None:
+        # Whose callers may have left. Closings would close what is opened here; an opening would
+        # open again what is closed since this one's caller left, too.
+        wait(before)
+        self._init()
+
+    def _undo(self, opening: Future[None]) -> None:
+        # One that failed has opened nothing: what is open then is another's, as a store that an
+        # EventWriter shares and has opened since.
+        if opening.exception() is None:
+            self._close()
+
+    def _start_closing(self, work: Callable[[], T]) -> Future[T]:
+        closing = _start_thread(work, "contextuate_persist-close")
+        self._closings.add(closing)
+        closing.add_done_callback(self._closings.discard)
+        return closing
 
 
 # What is documented at the twins for threads is said there only: help() and the reference find it
@@ -546,11 +590,10 @@ def _next_events(events: Iterator[MonitorEvent]) -> list[MonitorEvent]:
 
 
 def _after_fork() -> None:  # pragma: no cover  (in a forked child)
+    for lifetime in _lifetimes:
+        lifetime.forget()
     for store in _stores:
-        # The child has none of the parent's threads.
-        store._openings, store._closings = set(), set()  # noqa: SLF001
-        store._initializing = 0  # noqa: SLF001
-        if store._threads is not None:  # noqa: SLF001
+        if store._threads is not None:  # noqa: SLF001  (the child has none of the parent's)
             store._threads = store._new_threads()  # noqa: SLF001
 
 

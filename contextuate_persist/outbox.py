@@ -187,8 +187,12 @@ class Outbox:
                 )
             left = deadline - time.monotonic()
             if left <= 0 or not self._room.wait(left):
-                reason = self._spool_error or "its disk does not keep up"
-                raise SpoolError(f"{self._spool.directory}: {reason}; memory is full")
+                raise self.memory_is_full()
+
+    def memory_is_full(self) -> SpoolError:
+        """What is raised where somebody has waited for room in vain."""
+        reason = self._spool_error or "its disk does not keep up"
+        return SpoolError(f"{self._spool.directory}: {reason}; memory is full")
 
     # --- The keeper -------------------------------------------------------------------------------
 

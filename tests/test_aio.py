@@ -34,7 +34,6 @@ from contextuate_persist import (
     aio,
 )
 from contextuate_persist.aio import AsyncStore
-from contextuate_persist.base import BaseStore
 from contextuate_persist.embedded import EmbeddedStore
 from contextuate_persist.mysql_store import MySQLStore
 from contextuate_persist.postgresql_store import PostgreSQLStore
@@ -420,8 +419,8 @@ def test_calls_cancelled_at_any_moment_lose_no_connection(database: Database) ->
     run(main())
 
 
-def held_back(inner: BaseStore, name: str, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Let a method of a store begin once the event is set."""
+def held_back(inner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let a method of a store or writer begin once the event is set."""
     proceed, method = threading.Event(), getattr(inner, name)
 
     def slow() -> None:
@@ -479,6 +478,25 @@ def test_an_opening_after_one_that_timed_out_stays_open(
         await leave_and_open_again(store, store.init(), proceed)
 
     run(main())
+
+
+def test_an_opening_that_failed_closes_nothing_that_another_has_opened_since(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An EventWriter may share the store, and open it when the database is back."""
+    inner = make_store(database.url)
+    init = inner.init
+
+    def too_early() -> None:
+        init()
+        raise StoreUnavailable("the database is away")
+
+    monkeypatch.setattr(inner, "init", too_early)
+    with pytest.raises(StoreUnavailable):
+        run(AsyncStore(inner).init())
+    wait_until(lambda: not threads("contextuate_persist-close"))
+    assert inner.get_events("s") == []
+    inner.close()
 
 
 def test_a_cancelled_second_opening_leaves_the_store_open(database: Database) -> None:

@@ -51,6 +51,7 @@ from contextuate_persist.queued import Refused, Update
 from contextuate_persist.spool import spool_state
 from tests.builders import T0, event, session
 from tests.conftest import Database, make_store
+from tests.test_aio import held_back
 
 MODES = ("always", "on_failure")
 
@@ -1659,3 +1660,63 @@ def test_the_asyncio_writer_raises_what_the_other_does(
             assert await left is False
 
     asyncio.run(main())
+
+
+def test_puts_that_wait_for_room_together_wait_no_longer_than_each_alone(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other they would take 20 s."""
+    large = event("s", data={"x": "x" * 100_000})
+
+    async def main() -> None:
+        inner = EventWriter(store, spool_directory=directory, memory_bytes=2**20)
+        async with AsyncEventWriter(inner) as writer:
+            with monkeypatch.context() as patch:
+                entered, answers = hung_disk(patch)
+                with pytest.raises(SpoolError, match="memory is full"):  # noqa: PT012
+                    while True:
+                        await writer.put(large, timeout=0)
+                assert entered.wait(30)
+                begun = time.monotonic()
+                found = await asyncio.gather(
+                    *(writer.put(large, timeout=0.5) for _ in range(40)), return_exceptions=True
+                )
+                assert 0.5 <= time.monotonic() - begun < 8
+                assert {str(error) for error in found} == {
+                    f"{directory}: its disk does not keep up; memory is full"
+                }
+                small = asyncio.create_task(writer.put(event("s", T0 + 1), timeout=30))
+                await asyncio.sleep(0.1)
+                answers.set()
+                assert await (await small).wait_stored()
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_opening_leaves_no_asyncio_writer_open(
+    store: BaseStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = EventWriter(store, spool_directory=directory)
+    proceed = held_back(inner, "init", monkeypatch)
+
+    async def main() -> None:
+        writer = AsyncEventWriter(inner)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(writer.init(), 0.05)
+        asyncio.get_running_loop().call_later(0.1, proceed.set)
+        async with writer:  # waits for what was begun before
+            assert await (await writer.put(event("s"))).wait_stored()
+        proceed.clear()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(writer.init(), 0.05)
+        proceed.set()
+
+    asyncio.run(main())
+    another, until = EventWriter(store, spool_directory=directory), time.monotonic() + 30
+    while another._outbox is None:
+        try:
+            another.init()
+        except ConfigurationError:  # the first one is just being closed
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    another.close()
