@@ -172,8 +172,16 @@ class Program:
                 self._process.stdin.close()
 
     def finish(self) -> None:
-        """Wait for its end; raises StoreRefused if it failed."""
+        """Wait for its end; raises StoreRefused if it failed, or if that cannot be known."""
         self.end_input()
+        if self._process.returncode is None:
+            try:
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            except ChildProcessError:  # of which Popen makes a success
+                raise StoreRefused(
+                    f"{self.name}: how it ended was lost, since this process ignores SIGCHLD, or "
+                    "something in it waits for all children"
+                ) from None
         if status := self._process.wait():
             raise StoreRefused(f"{self.name}: {self._reason(status)}")
 

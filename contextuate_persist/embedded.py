@@ -46,6 +46,7 @@ PORT = 5432  # no TCP: it only names the socket's file
 OLDEST_MAJOR = 12
 START_SECONDS = 60
 STOP_SECONDS = 60
+LEFTOVER_SECONDS = 10  # for what is left of a crashed server
 LOCK_SECONDS = 150  # longer than one start and one stop
 LOG_BYTES = 10_000_000
 ROOT_DIRECTORY = Path("/var/lib/contextuate/postgresql")
@@ -148,7 +149,7 @@ class Account:
         if os.geteuid() != 0:
             return cls(str(os.geteuid()), os.geteuid(), os.getegid(), switch=False)
         with contextlib.suppress(FileNotFoundError):
-            owner = data.lstat()
+            owner = data.stat()  # behind a link, too: they may have been moved to another disk
             if owner.st_uid != 0:
                 return cls(f"user {owner.st_uid}", owner.st_uid, owner.st_gid, switch=True)
         for name in ("postgres", "nobody"):
@@ -161,7 +162,7 @@ class Account:
         )
 
     def run(
-        self, argv: Sequence[str | Path], timeout: float = 120
+        self, argv: Sequence[str | Path], timeout: float = 120, pass_fds: Sequence[int] = ()
     ) -> subprocess.CompletedProcess[str]:
         # A session of its own keeps Ctrl-C in the user's terminal away from the server.
         # Of the environment only what it needs: it outlives us and may be another account's.
@@ -180,6 +181,7 @@ class Account:
                 cwd="/",
                 env={**environment, "LC_ALL": "C"},
                 start_new_session=True,
+                pass_fds=pass_fds,
                 user=self.uid if self.switch else None,
                 group=self.gid if self.switch else None,
                 extra_groups=[] if self.switch else None,
@@ -235,14 +237,25 @@ def readable_binaries(
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(prefix, partial, symlinks=True)
                 (partial / _ORIGIN).write_bytes(os.fsencode(prefix))
-                # The modes of our copy; the original may have been installed for root alone.
+                # The modes of our copy; the original may have been installed for root alone. And
+                # on the disk: whatever has the copy's name is taken for whole.
                 for path in (partial, *partial.rglob("*")):
                     if not path.is_symlink():
                         path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+                        _flush(path)
                 partial.rename(copy)
+                sync_directory(where)
     if (blocked := account.unreachable(*reversed(copy.parents), copy / "bin/postgres")) is not None:
         raise ConfigurationError(_out_of_reach(account, blocked))
     return PostgreSQLBinaries(copy / "bin", binaries.version, binaries.source)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # In a copy: of what it is one.
@@ -294,6 +307,18 @@ def _make_directory(path: Path) -> None:
                 sync_directory(missing.parent)
     except OSError as exc:
         raise ConfigurationError(f"cannot create {path} for the embedded store: {exc}") from exc
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _last_lines(text: str) -> str:
+    return " | ".join(text.strip().splitlines()[-6:])
 
 
 def _ended(pid: str) -> bool:
@@ -398,6 +423,7 @@ class EmbeddedPostgreSQL:
     directory/socket      its unix socket, mode 0700 (elsewhere if the path is too long)
     directory/start.lock  held while starting or stopping
     directory/users.lock  held shared by each process that uses the server
+    directory/server.lock held by the server's own processes
     """
 
     def __init__(
@@ -421,8 +447,9 @@ class EmbeddedPostgreSQL:
     @property
     def url(self) -> str:
         """The URL of the database; it stays the same from start to start."""
-        host = quote(str(self._socket_directory()), safe="/")
-        return f"postgresql://{ROLE}@/{DATABASE}?host={host}&port={PORT}"
+        host = quote(os.fsencode(self._socket_directory()), safe="/")
+        # PGHOSTADDR would send it to another server, host or no host.
+        return f"postgresql://{ROLE}@/{DATABASE}?host={host}&port={PORT}&hostaddr="
 
     @property
     def log(self) -> Path:
@@ -522,28 +549,33 @@ class EmbeddedPostgreSQL:
         # comes from the directory alone: neither from TMPDIR, which differs between processes,
         # nor below XDG_RUNTIME_DIR, which goes at logout while the server may still be in use.
         # It is the account's own, 0700, and checked before each use: nobody else can plant it.
-        # (A comma would separate two hosts in a URL.)
+        # (A comma would separate two hosts in a URL, which is UTF-8.)
         path = os.fsencode(directory / f".s.PGSQL.{PORT}")
-        if len(path) > 107 or b"," in path:
-            digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
-            return Path("/tmp") / f"contextuate-{digest}"  # noqa: S108
-        return directory
+        if len(path) <= 107 and b"," not in path and _is_utf8(path):
+            return directory
+        digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
+        return Path("/tmp") / f"contextuate-{digest}"  # noqa: S108
 
     def _program(self, name: str) -> Path:
         assert self._binaries is not None  # noqa: S101 - start() has set it
         return self._binaries.bindir / name
 
-    def _run(self, *argv: str | Path) -> str:
+    def _run(self, *argv: str | Path, pass_fds: Sequence[int] = ()) -> str:
         """Run a program as the server's account; its output."""
         assert self._account is not None  # noqa: S101 - start() has set it
-        done = self._account.run(argv)
+        done = self._account.run(argv, pass_fds=pass_fds)
         if done.returncode:
-            said = " | ".join(done.stdout.strip().splitlines()[-6:])
+            said = _last_lines(done.stdout)
             raise StoreUnavailable(f"{argv[0]} failed in {self.directory}: {said}")
         return done.stdout
 
     def _initialise(self, account: Account) -> None:
         """Make the data directory under another name first: a kill leaves nothing half-made."""
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # which initdb would inherit
+            raise ConfigurationError(
+                "initdb cannot work in a process that ignores SIGCHLD: make the database in "
+                "another one (`contextuate-persist status`), or set the signal to SIG_DFL before"
+            )
         for left in self.directory.glob("data.new-*"):
             shutil.rmtree(left, ignore_errors=True)
         # A name of its own: the initdb of a starter that was killed may still run, and removes its
@@ -552,13 +584,16 @@ class EmbeddedPostgreSQL:
         account.make_private(new)
         # `trust` is safe because only the account and root get past the socket's 0700 directory,
         # and there is no TCP. A password would have to lie beside the data for every process.
-        self._run(
+        said = self._run(
             self._program("initdb"), "-D", new, "-U", ROLE, "--auth-local=trust",
             "--auth-host=reject", "--encoding=UTF8", "--no-locale", "--data-checksums",
         )  # fmt: skip
         # By the account: root must not write where another could have put a link.
         append = 'printf %s "$2" >> "$1"'
         self._run("/bin/sh", "-c", append, "sh", new / "postgresql.conf", SETTINGS)
+        # Where something in this process waits for all its children, no status tells of a failure.
+        if not (new / "PG_VERSION").is_file() or not (new / "global" / "pg_control").is_file():
+            raise StoreUnavailable(f"initdb failed in {self.directory}: {_last_lines(said)}")
         new.rename(self.data)
         sync_directory(self.directory)
 
@@ -635,6 +670,17 @@ class EmbeddedPostgreSQL:
         Not by pg_ctl, which pastes the paths into a shell command and looks every 0.1 s only.
         """
         self._clear_leftovers()
+        lock = self._lock_server()
+        try:
+            (self.data / "postmaster.pid").unlink(missing_ok=True)
+            (self._socket_directory() / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
+            self._start_postmaster(lock, until)
+        finally:
+            # Not unlocked, which would end it for all: it stays the server's.
+            _open_locks.discard(lock)
+            os.close(lock)
+
+    def _start_postmaster(self, lock: int, until: float) -> None:
         # No server of this directory runs now, and the copies are for no other.
         _remove_old_copies(self._copies, used=self._program("postgres").parent.parent)
         with contextlib.suppress(FileNotFoundError):
@@ -651,6 +697,7 @@ class EmbeddedPostgreSQL:
             "/bin/sh", "-c", 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 & echo $!', "sh",
             self.log, self._program("postgres"), "-D", self.data,
             *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")),
+            pass_fds=[lock],
         )  # fmt: skip
         pid = said.strip()
         while self._pid_file()[:8:7] != [pid, "ready"]:
@@ -664,12 +711,11 @@ class EmbeddedPostgreSQL:
             time.sleep(0.005)
 
     def _clear_leftovers(self) -> None:
-        """After a crash: end backends that outlived their postmaster, drop stale pid files.
+        """After a crash: end backends that outlived their postmaster.
 
-        PostgreSQL refuses to start beside a living backend, and also when the pid in a file
-        belongs to any process of the same account, be it a zombie or, after a power loss, anything.
+        PostgreSQL refuses to start beside one.
         """
-        until = time.monotonic() + 10
+        until = time.monotonic() + LEFTOVER_SECONDS
         while (left := self._processes()) and time.monotonic() < until:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -677,8 +723,31 @@ class EmbeddedPostgreSQL:
             time.sleep(0.02)
         if left:
             raise StoreUnavailable(f"processes {left} of a crashed PostgreSQL in {self.data} stay")
-        (self.data / "postmaster.pid").unlink(missing_ok=True)
-        (self._socket_directory() / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
+
+    def _lock_server(self) -> int:
+        """Take the lock that each process of a server inherits; raise if one has it, seen or not.
+
+        PostgreSQL itself goes by the pid in its file, and so would not start when that is of any
+        process of the same account, be it a zombie or, after a power loss, anything: its file is
+        removed before. But in another container, or on another machine where the directory is
+        shared, a server cannot be seen, and two on the same data destroy them.
+        """
+        until = time.monotonic() + LEFTOVER_SECONDS
+        lock = _open_lock(self.directory / "server.lock")
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # also for a moment after its last process has ended
+                if time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+                _close_lock(lock)
+                raise StoreUnavailable(
+                    f"PostgreSQL in {self.data} runs where it cannot be reached from here, in "
+                    "another container or on another machine: stop what uses it there, or name a "
+                    "database that both reach with CONTEXTUATE_DATABASE_URL"
+                ) from None
+            return lock
 
     def _shut_down(self) -> None:
         until = time.monotonic() + STOP_SECONDS

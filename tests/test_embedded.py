@@ -391,6 +391,45 @@ def test_a_directory_too_long_for_a_socket_works_and_is_found_by_all(
     assert not socket.exists()
 
 
+def test_a_directory_whose_name_is_no_text_works_and_is_found_by_all(
+    actor: Callable[..., Actor], home: Path
+) -> None:
+    place = home / "jos\udce9"
+    one, two = actor(place), actor(place)
+    assert one.do("server.start()") == two.do("server.start()") == EmbeddedPostgreSQL(place).url
+    one.do("server.stop()")
+    assert two.do("query('SELECT 1')") == [[1]]
+    two.do("server.stop()")
+    assert gone(place)
+
+
+def test_a_server_that_cannot_be_seen_keeps_its_data_to_itself(
+    actor: Callable[..., Actor], directory: Path
+) -> None:
+    """As from another container, or another machine where the home is shared."""
+    one, two = actor(), actor()
+    one.do("server.start()")
+    one.do("query('CREATE TABLE kept AS SELECT 7 AS n')")
+    before = (directory / "data" / "postmaster.pid").read_text()
+    two.do("setattr(EmbeddedPostgreSQL, '_processes', lambda self: [])")
+    two.do("setattr(EmbeddedPostgreSQL, '_socket_directory', lambda self: directory / 'its own')")
+    two.do("setattr(sys.modules[EmbeddedPostgreSQL.__module__], 'LEFTOVER_SECONDS', 0.2)")
+    with pytest.raises(AssertionError, match="runs where it cannot be reached from here"):
+        two.do("server.start()")
+    assert (directory / "data" / "postmaster.pid").read_text() == before
+    assert one.do("query('SELECT n FROM kept')") == [[7]]
+    # What is left of one that was killed has the lock, too, but not for ever.
+    os.kill(int(before.split()[0]), signal.SIGKILL)
+    one.do("server.start()")
+    assert one.do("query('SELECT n FROM kept')") == [[7]]
+    one.do("server.stop()")
+    assert gone(directory)
+    two.do("server.start()")
+    assert two.do("query('SELECT n FROM kept')") == [[7]]
+    os.kill(postmaster(directory), signal.SIGINT)
+    assert gone(directory)
+
+
 def test_data_behind_a_link_are_of_the_same_server(
     actor: Callable[..., Actor], directory: Path, home: Path
 ) -> None:
@@ -399,6 +438,9 @@ def test_data_behind_a_link_are_of_the_same_server(
     one.do("server.stop()")
     (directory / "data").rename(home / "elsewhere")
     (directory / "data").symlink_to(home / "elsewhere")
+    # As where an account `postgres` came later, or went: the link is root's.
+    account = Account.choose(directory / "data")
+    assert account.uid == (home / "elsewhere").stat().st_uid or not account.switch
     one.do("server.start()")
     assert one.do("server.running")
     one.do("server.stop()")
@@ -775,6 +817,34 @@ def test_an_initdb_that_fails_says_why_and_what_it_left_is_removed_later(here: P
             server.start()
         assert not server.running
     assert len(list((here / "pg").glob("data.new-*"))) == 1
+
+
+def test_an_initdb_whose_failure_nobody_hears_of_leaves_no_data(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for all children of its process takes their exit statuses from others."""
+    (here / "bin").mkdir(mode=0o755)
+    for name in ("initdb", "postgres"):
+        (here / "bin" / name).write_text("#!/bin/sh\necho 'initdb: error: disk full'\n")
+        (here / "bin" / name).chmod(0o755)
+    broken = PostgreSQLBinaries(here / "bin", "17.0", "broken")
+    with pytest.raises(StoreUnavailable, match=f"initdb failed in {here}/pg: .*disk full"):
+        EmbeddedPostgreSQL(here / "pg", binaries=broken).start()
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+        with pytest.raises(ConfigurationError, match="a process that ignores SIGCHLD"):
+            EmbeddedPostgreSQL(here / "pg").start()
+    with EmbeddedPostgreSQL(here / "pg") as server:
+        assert server.running
+
+
+def test_the_environment_sends_it_to_no_other_server(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.1")
+    monkeypatch.setenv("PGPORT", "1")
+    with EmbeddedStore(here / "pg") as store:
+        assert store.save_event(event())
 
 
 def test_a_lock_that_is_no_file_or_held_for_too_long_is_named(
