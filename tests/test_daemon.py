@@ -14,13 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from contextuate_persist import (
-    AsyncEventWriter,
     AsyncStore,
     ConfigurationError,
     EventWriter,
@@ -404,22 +404,20 @@ def test_files_that_nobody_understands_are_set_aside(daemon: Daemon, store: Base
 
 
 def test_an_event_that_redaction_fails_on_is_set_aside_and_keeps_no_others_waiting(
-    alone: Daemon,
+    alone: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def redact(event: MonitorEvent) -> MonitorEvent:
         if event.hook_type == "UserPromptSubmit":
             raise RecursionError("too deep")
         return event
 
+    monkeypatch.setattr(monitor_daemon, "redact", redact)
     _, second, _ = (
         inbox.leave(alone.inbox, file_of(payload, T0 + n)) for n, payload in enumerate(a_day(1)[:3])
     )
 
     async def take() -> int:
         monitor = Monitor(NOWHERE, alone.inbox, alone.place / "spool")
-        monitor.writer = AsyncEventWriter(
-            EventWriter(open_store(NOWHERE), spool_directory=alone.place / "spool", redact=redact)
-        )
         stop = asyncio.Event()
         running = asyncio.create_task(monitor.run(stop, alone.socket))
         while [*alone.inbox.glob("*.json")]:
@@ -431,7 +429,38 @@ def test_an_event_that_redaction_fails_on_is_set_aside_and_keeps_no_others_waiti
 
     assert asyncio.run(take()) == 2
     assert [path.name for path in (alone.inbox / "bad").glob("*.json")] == [second]
-    assert "redact failed" in (alone.inbox / "bad" / f"{second}.why").read_text()
+    why = (alone.inbox / "bad" / f"{second}.why").read_text()
+    assert why == "event: redact failed: RecursionError\n"
+
+
+def test_what_is_redacted_reaches_neither_events_nor_sessions(
+    store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session has its title from a payload."""
+
+    def redact(event: MonitorEvent) -> MonitorEvent:
+        told = json.dumps(event.data).replace("secret", "[removed]")
+        return replace(event, data=json.loads(told))
+
+    monkeypatch.setattr(monitor_daemon, "redact", redact)
+    payloads = [{**one, "session_title": "deploy secret"} for one in a_day(1)[:2]]
+
+    async def take() -> None:
+        monitor = Monitor(database.url, tmp_path / "inbox", tmp_path / "spool")
+        stop = asyncio.Event()
+        running = asyncio.create_task(monitor.run(stop, tmp_path / "s"))
+        for number, payload in enumerate(payloads):
+            inbox.leave(tmp_path / "inbox", file_of(payload, T0 + number))
+        while not (titled := store.get_sessions()) or not titled[0].label:
+            await asyncio.sleep(0.05)
+        stop.set()
+        await running
+
+    asyncio.run(asyncio.wait_for(take(), 60))
+    [one] = store.get_sessions()
+    assert one.label == "deploy [removed]"
+    for stored in store.get_events(one.session_id):
+        assert "secret" not in json.dumps(stored.data)
 
 
 @pytest.mark.parametrize(("part", "method"), [(inbox.Inbox, "take"), (AsyncStore, "init")])
