@@ -51,6 +51,22 @@ def run(script: str, environment: Mapping[str, str], **options: Any) -> str:
     return done.stdout
 
 
+def fails(script: str, program: str, environment: Mapping[str, str], place: Path) -> None:
+    """Run it where a program writes half of its output and fails: no step after it must trust that.
+
+    Without -e, as in a crontab.
+    """
+    (place / program).write_text("#!/bin/sh\necho half\nexit 2\n")
+    (place / program).chmod(0o755)
+    path = {"PATH": f"{place}:{environment['PATH']}"}
+    argv = ["sh", "-c", script]
+    assert subprocess.run(argv, env={**environment, **path}, check=False).returncode == 2
+
+
+# Where the nights are, and where somebody recovers.
+NEW_YORK, TOKYO = {"TZ": "EST5"}, {"TZ": "JST-9"}
+
+
 def fill(url: str) -> None:
     with make_store(url) as store:
         store.save_session(session())
@@ -99,7 +115,9 @@ def first(backend: str) -> Iterator[servers.Server]:
 
 
 @pytest.mark.only("postgresql")
-def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(first: servers.Server) -> None:
+def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(
+    first: servers.Server, tmp_path: Path
+) -> None:
     blocks = chapter("Any moment: PostgreSQL")
     backup, switch, recover = blocks["sh"]
     # Below the server's own directory, which its account may enter, and which is removed with it.
@@ -135,6 +153,7 @@ def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(first: servers.
         "PGPASSFILE": str(passwords),
         "HOME": str(first.directory),
         "LC_ALL": "C",
+        **NEW_YORK,
     }
 
     def execute(script: str, **more: str) -> str:
@@ -145,6 +164,11 @@ def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(first: servers.
     for _ in range(2):  # nights
         time.sleep(1.1)  # whose names have seconds
         execute(backup)
+    for program in ("pg_basebackup", "pg_verifybackup"):
+        (broken := tmp_path / program).mkdir()
+        fails(backup.replace("/srv/", f"{tmp_path}/"), program, environment, broken)
+    [new] = (tmp_path / "backup").iterdir()
+    assert new.name.startswith("new-")
     archived = min(wal.iterdir())
     (place / "again").write_bytes(archived.read_bytes())
     (place / "other").write_bytes(b"another server's")
@@ -170,7 +194,8 @@ def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(first: servers.
     first.stop()
 
     port = servers._free_port()
-    execute(recover, MOMENT=moment.isoformat(sep=" "), PGPORT=str(port))
+    recover = recover.replace("5433", str(port))
+    execute(recover, MOMENT=moment.isoformat(sep=" "), **TOKYO)
     try:
         recovered = url.replace(f":{first.port}/", f":{port}/")
         until = time.monotonic() + 60
@@ -205,7 +230,12 @@ def test_mysql_is_recovered_to_a_moment_as_the_guide_has_it(
         file = tmp_path / name
         file.write_text("[client]\n" + "".join(f"{k}={v}\n" for k, v in lines.items()))
         file.chmod(0o600)
-    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), "LC_ALL": "C"}
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "LC_ALL": "C",
+        **NEW_YORK,
+    }
 
     def execute(script: str, **more: str) -> str:
         return run(script.replace("/srv/", f"{tmp_path}/"), {**environment, **more})
@@ -227,12 +257,19 @@ def test_mysql_is_recovered_to_a_moment_as_the_guide_has_it(
             execute(copy)
             with make_store(url) as store:
                 store.save_event(event("busy", T0 + night))
+        bases = [*(tmp_path / "backup").glob("base-*.sql")]
+        assert len(bases) == 2
+        (broken := tmp_path / "broken").mkdir()
+        time.sleep(1.1)
+        fails(backup.replace("/srv/", f"{tmp_path}/"), "mysqldump", environment, broken)
+        assert [*(tmp_path / "backup").glob("base-*.sql")] == bases
+        assert {path.stat().st_mode & 0o777 for path in bases} == {0o600}
         add(url)
         moment = pause()
         spoil(url)
         execute(backup)  # before anybody noticed
         execute(copy)
-        execute(recover, MOMENT=moment.strftime("%Y-%m-%d %H:%M:%S"))
+        execute(recover, MOMENT=moment.strftime("%Y-%m-%d %H:%M:%S"), **TOKYO)
         check_recovered(mysql_server.url(NAME))
     finally:
         mysql_server.drop_database(NAME)
