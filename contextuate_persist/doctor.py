@@ -232,6 +232,9 @@ def _privileges(seen: Seen) -> Iterator[Finding]:
 
 # --- Settings -------------------------------------------------------------------------------------
 
+#: What guards against pages that are written in part when the machine fails.
+_TORN = frozenset({"full_page_writes", "innodb_doublewrite"})
+
 
 def _settings(check: str, seen: Seen, expected: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     found = {str(row[0]): str(row[1]) for row in seen.answers["settings"] or []}
@@ -241,10 +244,13 @@ def _settings(check: str, seen: Seen, expected: Mapping[str, Sequence[str]]) -> 
         if good and found.get(name, good[0]) not in good
     }
     for name, value in wrong.items():
-        advice = f"set it to {expected[name][0]}"
-        if check == "durability":
+        level, advice = Level.PROBLEM, f"set it to {expected[name][0]}"
+        if name in _TORN:  # some clouds do not let anybody change it
+            level = Level.WARNING
+            advice += ", unless the storage never writes half a page (ZFS, RDS Optimized Writes)"
+        elif check == "durability":
             advice += ", or what was acknowledged may be lost when the machine fails"
-        yield Finding(check, Level.PROBLEM, f"{name} is {value}", advice)
+        yield Finding(check, level, f"{name} is {value}", advice)
     if not wrong:
         yield from _ok(check, _listed([f"{name} {found.get(name, '?')}" for name in expected], 9))
 

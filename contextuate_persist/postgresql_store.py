@@ -1557,12 +1557,14 @@ CHECKS = {
             AND NOT i.indisunique
     """,
     # Needs the extension, and its columns of PostgreSQL 13. Statements that set passwords stand in
-    # it as they were sent: none but those on data are read.
+    # it as they were sent: none but those on data are read. What a backup or an archive asks takes
+    # long because it reads everything, and is known by its sums.
     "slow": """
         SELECT s.query, s.calls, s.mean_exec_time
         FROM pg_stat_statements AS s JOIN pg_database AS d ON d.oid = s.dbid
         WHERE d.datname = current_database()
             AND s.query ~* '^\\s*(select|insert|update|delete|with)\\y.*\\y(sessions|events)\\y'
+            AND s.query !~* 'sha256'
         ORDER BY s.mean_exec_time DESC
         LIMIT 20
     """,
@@ -1748,16 +1750,31 @@ WHERE a.datname = %(name)s AND a.usename = session_user AND a.backend_type = 'cl
 
 # By name; each may be refused to an account, which is then said and no fault.
 SURVEY = {
+    "database": "SELECT current_database()::text",
+    # Of what is another account's nothing but its account and database is told, if not to those who
+    # may read all: not even what kind of process it is.
     "connections": """
         SELECT
-            (SELECT count(*) FROM pg_stat_activity AS a WHERE a.backend_type = 'client backend'),
+            (
+                SELECT count(*)
+                FROM pg_stat_activity AS a
+                WHERE a.backend_type = 'client backend'
+                    OR (a.backend_type IS NULL AND a.usesysid IS NOT NULL)
+            ),
             current_setting('max_connections')::integer
     """,
-    # Of other accounts only administrators see them.
+    # Rows without seconds are others' connections.
     "transactions": """
         SELECT a.pid::text, extract(epoch FROM now() - a.xact_start)::bigint
         FROM pg_stat_activity AS a
-        WHERE a.datname = current_database() AND a.xact_start < now() - interval '5 minutes'
+        WHERE a.datname = current_database()
+            AND (
+                a.backend_type IS NULL
+                OR (
+                    a.backend_type = 'client backend'
+                    AND a.xact_start < now() - interval '5 minutes'
+                )
+            )
         ORDER BY a.xact_start
     """,
     "sizes": """
