@@ -439,7 +439,7 @@ def _add_backup(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         default=Path(),
-        help="a new file, or a directory for one named after the time (here)",
+        help="a new file, or a directory for one named after database and time (here)",
     )
     parser.add_argument(
         "--recipient",

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -33,7 +34,7 @@ from contextuate_persist.backup_file import (
 )
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import open_store, split_url
-from contextuate_persist.dumps import Contents, Load, Program, Sums
+from contextuate_persist.dumps import Contents, Load, Program, Snapshot, Sums
 from contextuate_persist.errors import ConfigurationError, DamagedFile, SchemaError
 from contextuate_persist.spool import sync_directory
 
@@ -54,9 +55,9 @@ def backup(
     """Write everything that an open store holds into one new file; writers may go on meanwhile.
 
     The rows are those of one moment. With `recipients`, keys of age or files of them, the file is
-    encrypted for these. A directory as `path` gets a file named after the time. The file comes to
-    its name when it is whole and on the disk; FileExistsError if there is one already. Any account
-    that may read all tables will do.
+    encrypted for these. A directory as `path` gets a file named after database and time. The file
+    comes to its name when it is whole and on the disk; FileExistsError if there is one already. Any
+    account that may read all tables will do.
 
     Raises ConfigurationError if the server's programs are missing, OSError for what is wrong with
     the disk, and what a store raises.
@@ -64,18 +65,20 @@ def backup(
     from contextuate_persist import __version__  # noqa: PLC0415  (it imports this)
 
     keys = encryption.recipients(recipients) if recipients else []
-    target = _target(store, Path(path), encrypted=bool(keys))
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     about: dict[str, Any] = {"format": FORMAT, "backend": store.backend, "made": made}
     about["library"] = __version__
     store.require_all_events()
     with contextlib.ExitStack() as stack:
+        snapshot = stack.enter_context(store.snapshot())
+        contents = snapshot.contents()
+        target = _target(store.backend, contents.database, Path(path), encrypted=bool(keys))
         counting = Counting(stack.enter_context(_new_file(target)), progress)
         stream: IO[bytes] = counting  # type: ignore[assignment]
         if keys:
             stream = stack.enter_context(encryption.encrypted(stream, keys))
         writer = stack.enter_context(Writer(stream))
-        contents, moving = _write(stack, store, writer, about)
+        moving = _write(store, snapshot, contents, writer, about)
         store.require_all_events()  # some may have been taken aside before the dump came to them
         writer.finish()
     return Backup(
@@ -93,35 +96,38 @@ def backup(
 
 
 def _write(
-    stack: contextlib.ExitStack, store: BaseStore, writer: Writer, about: dict[str, Any]
-) -> tuple[Contents, int]:
-    """Write all members; what the database holds, and how many sessions moved."""
-    snapshot = stack.enter_context(store.snapshot())
-    contents = snapshot.contents()
+    store: BaseStore,
+    snapshot: Snapshot,
+    contents: Contents,
+    writer: Writer,
+    about: dict[str, Any],
+) -> int:
+    """Write all members; how many sessions moved."""
     dumper = store.dumper(contents.server)
     about["program"] = dumper.version
     about |= {name: getattr(contents, name) for name in ("database", "server", "version", "layout")}
     writer.add("backup.json", json_line(about))
     writer.add("schema.sql", _script(store.backend, contents.layout))
     writer.add(STRUCTURE[store.backend], dumper.structure(contents, snapshot))
-    later = None
-    with dumper.data(contents, snapshot) as program:
-        if snapshot.name is not None:
-            writer.add_parts("data", program.read())
-        else:
-            # The dump sees a moment after that of `snapshot`: what did not change between it and
-            # another moment, after the dump has begun, is in the dump as well.
-            head = _begin(program)
-            later = stack.enter_context(store.snapshot())
-            writer.add_parts("data", compressed(itertools.chain([head], program.read())))
-        program.finish()
-    lines = _Lines(snapshot.sums(), later.sums() if later is not None else None)
-    manifest: dict[str, Any] = {"contents": contents.wire()}
-    if later is not None:
-        manifest["later"] = later.contents().wire()
-    writer.add_parts("sessions", compressed(iter(lines)))
+    with contextlib.ExitStack() as stack:
+        later = None
+        with dumper.data(contents, snapshot) as program:
+            if snapshot.name is not None:
+                writer.add_parts("data", program.read())
+            else:
+                # The dump sees a moment after that of `snapshot`: what did not change between it
+                # and another moment, after the dump has begun, is in the dump as well.
+                head = _begin(program)
+                later = stack.enter_context(store.snapshot())
+                writer.add_parts("data", compressed(itertools.chain([head], program.read())))
+            program.finish()
+        lines = _Lines(snapshot.sums(), later.sums() if later is not None else None)
+        manifest: dict[str, Any] = {"contents": contents.wire()}
+        if later is not None:
+            manifest["later"] = later.contents().wire()
+        writer.add_parts("sessions", compressed(iter(lines)))
     writer.add("manifest.json", json_line({**about, **manifest, "moving": lines.moving}))
-    return contents, lines.moving
+    return lines.moving
 
 
 def _script(backend: str, layout: str) -> bytes:
@@ -131,13 +137,22 @@ def _script(backend: str, layout: str) -> bytes:
     return script
 
 
-def _target(store: BaseStore, path: Path, *, encrypted: bool) -> Path:
+def _target(backend: str, database: str, path: Path, *, encrypted: bool) -> Path:
     if path.is_dir():
         now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        path /= f"contextuate-{store.backend}-{now}.backup{'.age' if encrypted else ''}"
+        path /= f"{name_of(backend, database)}{now}.backup{'.age' if encrypted else ''}"
     if path.exists() or path.is_symlink():
-        raise FileExistsError(17, "is there already: a backup overwrites nothing", str(path))
+        raise _is_there(path)
     return path
+
+
+def name_of(backend: str, database: str) -> str:
+    """How the names of a database's backups begin: several may have one directory."""
+    return f"contextuate-{backend}-{re.sub('[^A-Za-z0-9_]', '_', database)}-"
+
+
+def _is_there(path: Path) -> FileExistsError:
+    return FileExistsError(17, "is there already: a backup overwrites nothing", str(path))
 
 
 @contextlib.contextmanager
@@ -160,6 +175,8 @@ def _rename(partial: Path, target: Path) -> None:
     """Give a file its name; raises FileExistsError if another has it."""
     try:
         os.link(partial, target)  # which, unlike a rename, overwrites nothing
+    except FileExistsError:
+        raise _is_there(target) from None
     except OSError as error:
         # exFAT and many network mounts have no links.
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):

@@ -208,6 +208,14 @@ class Reader:
             reason = "no backup, or damaged or cut short" if not done else "damaged or cut short"
             raise self._damaged(reason) from None
 
+    def about(self) -> dict[str, Any]:
+        """What it says of itself at its beginning; raises DamagedFile."""
+        with self.members() as members:
+            for name, data in members:
+                self._keep(name, data)
+                break
+        return self.small.about
+
     def verify(self) -> Backup:
         """Read all, compare with SHA256SUMS, keep the small members."""
         sums: list[str] = []

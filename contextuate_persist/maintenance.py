@@ -6,7 +6,9 @@ are those of `doctor`.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from contextuate_persist import doctor, encryption, retention
 from contextuate_persist.archive import archive
-from contextuate_persist.backup import restore_test, verify_backup
+from contextuate_persist.backup import name_of, restore_test, verify_backup
+from contextuate_persist.backup_file import Reader
 from contextuate_persist.doctor import Finding, Level
-from contextuate_persist.errors import PersistenceError, StoreRefused
+from contextuate_persist.errors import (
+    ConfigurationError,
+    DamagedFile,
+    PersistenceError,
+    SchemaError,
+    StoreRefused,
+)
 from contextuate_persist.retention import RetentionPolicy
 from contextuate_persist.transfer import SUFFIXES
 
@@ -35,6 +44,8 @@ WORSE = 1.25  # a figure of the benchmark, by this factor
 
 _OWNERS = ("statistics", "partitions", "room")  # what only the owner may do, at least on one server
 _OWNER = "run it with the URL of the database's owner"
+_WITHOUT_STORE = ("backup", "restore", "benchmark")  # what can be done while the database is away
+_NAMED = re.compile("contextuate-(postgresql|mysql)-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +71,23 @@ Item = Callable[["BaseStore", Tasks], Iterator[Finding]]
 
 
 def maintain(store: BaseStore, period: str, tasks: Tasks | None = None) -> list[Finding]:
-    """Do what a period asks for, one of PERIODS, with an open store; what was found and done.
+    """Do what a period asks for, one of PERIODS; what was found and done.
 
-    Nothing is raised that is the server's, the disk's or the tasks' fault: it is a finding, and the
-    other items go on. Raises KeyError for another period.
+    Opens the store if need be; closing it is the caller's. Nothing is raised that is the server's,
+    the disk's or the tasks' fault: it is a finding, and the other items go on. Raises KeyError for
+    another period.
     """
-    given = tasks or Tasks()
-    return [found for name, item in PERIODS[period] for found in _found(name, item, store, given)]
+    given, items = tasks or Tasks(), PERIODS[period]
+    found: list[Finding] = []
+    try:
+        store.init()
+    except SchemaError as error:
+        found.append(Finding("schema", Level.PROBLEM, str(error)))
+        items = tuple(item for item in items if item[0] in (*_WITHOUT_STORE, "migrations"))
+    except (PersistenceError, OSError) as error:
+        found.append(Finding("connection", Level.PROBLEM, str(error)))
+        items = tuple(item for item in items if item[0] in _WITHOUT_STORE)
+    return found + [one for name, item in items for one in _found(name, item, store, given)]
 
 
 def _found(name: str, item: Item, store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
@@ -117,23 +138,49 @@ def _connections(store: BaseStore, _: Tasks) -> Iterator[Finding]:
             level = Level.WARNING if part < CONNECTIONS_PROBLEM else Level.PROBLEM
             advice = "find who keeps them, lower pool_size there, or raise max_connections"
             yield Finding("connections", level, message, advice)
-    if (open_ones := answers["transactions"]) is None:
-        yield from _ok("transactions", "not told to this account: how long others take")
-    elif not open_ones:
-        yield from _ok("transactions", "none that is open for five minutes")
-    else:
+    rows = answers["transactions"]
+    if open_ones := [row for row in rows or () if row[1] is not None]:
         who = ", ".join(f"{one[0]} ({int(one[1]):,} s)" for one in open_ones[:4])
         advice = "find out what they wait for: they hold locks, and keep what is deleted"
         yield from _warn("transactions", f"open for long: {who}", advice)
+    elif rows is None or rows:
+        yield from _ok("transactions", "not told to this account: how long others take")
+    else:
+        yield from _ok("transactions", "none that is open for five minutes")
 
 
-def _newest_backup(tasks: Tasks) -> Path | None:
+def _newest_backup(store: BaseStore, tasks: Tasks) -> Path | None:
     if tasks.backups is None:
         return None
     # Not what begins with a dot: a backup that is being made, or was killed.
     names = {*tasks.backups.glob("[!.]*.backup*"), *tasks.backups.glob("[!.]*.age")}
     found = [path for path in names if path.is_file() and not path.name.endswith(SUFFIXES)]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    database = _database(store)
+    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in newest if _is_of(path, store.backend, database, tasks)), None)
+
+
+def _database(store: BaseStore) -> str | None:
+    """Its name; None while it is away: a backup can be looked at all the same."""
+    try:
+        rows = store.survey()["database"]
+    except PersistenceError:
+        return None
+    return str(rows[0][0]) if rows else None
+
+
+def _is_of(path: Path, backend: str, database: str | None, tasks: Tasks) -> bool:
+    """Whether a backup is this database's, as it says itself, or as its name says.
+
+    One that tells neither is taken for its, to be looked at.
+    """
+    if database is None:
+        return True
+    if not _is_locked(path, tasks):
+        with contextlib.suppress(DamagedFile, ConfigurationError):  # also told where it is verified
+            about = Reader(path, tasks.identity, None, None).about()
+            return (about["backend"], about.get("database")) == (backend, database)
+    return not _NAMED.match(path.name) or path.name.startswith(name_of(backend, database))
 
 
 def _is_locked(path: Path, tasks: Tasks) -> bool:
@@ -142,13 +189,14 @@ def _is_locked(path: Path, tasks: Tasks) -> bool:
         return tasks.identity is None and encryption.is_encrypted(file.read(64))
 
 
-def _backup(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
-    path = _newest_backup(tasks)
+def _backup(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    path = _newest_backup(store, tasks)
     if tasks.backups is None:
         return _warn("backup", "none is looked at", "name where they are with --backups DIRECTORY")
     if path is None:
         advice = "make one: `contextuate-persist backup`"
-        return iter([Finding("backup", Level.PROBLEM, f"{tasks.backups} has none", advice)])
+        message = f"{tasks.backups} has none of this database"
+        return iter([Finding("backup", Level.PROBLEM, message, advice)])
     made = path.stat().st_mtime
     if not (locked := _is_locked(path, tasks)):
         found = verify_backup(path, identity=tasks.identity)
@@ -232,8 +280,8 @@ def _partitions(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
 # --- Quarterly ------------------------------------------------------------------------------------
 
 
-def _restore(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
-    path = _newest_backup(tasks)
+def _restore(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    path = _newest_backup(store, tasks)
     locked = path is not None and _is_locked(path, tasks)
     if path is None or tasks.administrator is None or locked:
         name = f"{path or 'FILE'}{' --identity KEY' if locked else ''}"
@@ -297,8 +345,7 @@ def _indexes(store: BaseStore, _: Tasks) -> Iterator[Finding]:
 
 
 def _migrations(store: BaseStore, _: Tasks) -> Iterator[Finding]:
-    pending = store.upgrade_schema(dry_run=True)
-    if not pending:
+    if not (pending := store.upgrade_schema(dry_run=True)):
         return _ok("migrations", f"none: schema version {store.health().schema_version} is current")
     names = ", ".join(f"{one.version:04} {one.name}" for one in pending)
     return _warn("migrations", f"to apply: {names}", "`contextuate-persist upgrade`, as the owner")

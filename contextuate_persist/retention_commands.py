@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -82,7 +83,7 @@ def maintain(args: argparse.Namespace, open_given: OpenStore) -> int:
         policy=policy_of(args),
         benchmarks=args.benchmarks,
     )
-    with open_given(args) as store:
+    with contextlib.closing(open_given(args)) as store:
         return show_findings(maintenance.maintain(store, args.period, tasks), json=args.json)
 
 

@@ -30,6 +30,7 @@ from contextuate_persist import (
     ConfigurationError,
     DamagedFile,
     SchemaError,
+    StoreRefused,
     accounts,
     backup_file,
     dumps,
@@ -44,6 +45,7 @@ from contextuate_persist.base import BaseStore
 from contextuate_persist.cli import main
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.doctor import Level
+from contextuate_persist.dumps import Program
 from tests import servers
 from tests.authority import ELSEWHERE, Authority
 from tests.builders import T0, event, session, usage
@@ -703,6 +705,21 @@ def test_settings_are_left_out_that_an_older_server_does_not_know() -> None:
     head = b"SET lock_timeout = 0;\nSET transaction_timeout = 0;\nSET client_encoding = 'UTF8';\n"
     assert dumps._understood(head, 17) == head
     assert dumps._understood(head, 16) == head.replace(b"SET transaction_timeout = 0;\n", b"")
+
+
+def test_a_program_whose_end_is_heard_of_by_somebody_else_has_not_succeeded() -> None:
+    """Of a status that is lost Popen makes a zero."""
+    with Program(["/bin/sh", "-c", "exit 3"], environment=os.environ) as program:
+        os.waitid(os.P_PID, program._process.pid, os.WEXITED)
+        with pytest.raises(StoreRefused, match="sh: how it ended was lost, since this process"):
+            program.finish()
+    with (
+        Program(["/bin/sh", "-c", "exit 3"], environment=os.environ) as program,
+        pytest.raises(StoreRefused, match="sh: exit status 3"),
+    ):
+        program.finish()
+    with Program(["/bin/true"], environment=os.environ) as program:
+        program.finish()
 
 
 # --- Secrets --------------------------------------------------------------------------------------

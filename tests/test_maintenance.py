@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,15 @@ import mysql.connector
 import psycopg
 import pytest
 
-from contextuate_persist import StoreUnavailable, backup, backup_file, encryption, maintenance
+from contextuate_persist import (
+    StoreUnavailable,
+    backup,
+    backup_file,
+    encryption,
+    maintenance,
+    postgresql_store,
+    schema,
+)
 from contextuate_persist.arguments import make_parser
 from contextuate_persist.base import BaseStore
 from contextuate_persist.cli import main
@@ -179,7 +188,34 @@ def test_an_item_that_fails_does_not_stop_the_others(
     assert found["partitions"].level is Level.OK
 
 
+@pytest.mark.usefixtures("tools")
+def test_what_needs_no_database_is_done_while_it_is_away(
+    store: BaseStore, backend: str, tmp_path: Path
+) -> None:
+    backup.backup(store, tmp_path)
+    scheme = "postgresql" if backend == "postgresql" else "mysql"
+    away = make_store(f"{scheme}://127.0.0.1:1/nobody", connect_timeout=1)
+    connection, found = maintain(away, "daily", Tasks(backups=tmp_path))
+    assert (connection.check, connection.level) == ("connection", Level.PROBLEM)
+    assert "127.0.0.1:1" in connection.message
+    assert (found.check, found.level) == ("backup", Level.OK)
+
+
+def test_what_is_to_be_migrated_is_told_before_the_schema_fits(
+    empty_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_database.owner().apply_schema()
+    pending = schema.Migration(2, "add_notes", True, (), None)
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(schema, "pending", lambda _: [pending])
+    found = by_check(maintain(make_store(empty_database.owner_url), "quarterly"))
+    assert found.keys() == {"schema", "restore", "benchmark", "migrations"}
+    assert found["schema"][0].level is Level.PROBLEM
+    assert found["migrations"][0].message == "to apply: 0002 add_notes"
+
+
 ANSWERS: dict[str, Any] = {
+    "database": [("test",)],
     "connections": [(10, 100)],
     "transactions": [],
     "sizes": [],
@@ -196,6 +232,9 @@ ANSWERS: dict[str, Any] = {
         ("daily", {"connections": None}, "connections", Level.OK, "not told to this account"),
         ("daily", {"transactions": None}, "transactions", Level.OK, "not told to this account"),
         ("daily", {"transactions": [("7", 4000)]}, "transactions", Level.WARNING, "7 (4,000 s)"),
+        ("daily", {"transactions": [("7", None)]}, "transactions", Level.OK, "not told to this"),
+        ("daily", {"transactions": [("7", 4000), ("8", None)]}, "transactions", Level.WARNING,
+         "open for long: 7 (4,000 s)"),
         ("weekly", {"sizes": [("events", -1, 2e9, 5e6)]}, "sizes", Level.OK,
          "events: about 0 rows, 2.0 GB and 5.0 MB of indexes"),
         ("monthly", {"garbage": None}, "room", Level.OK, "not told to this account"),
@@ -239,6 +278,27 @@ def test_a_transaction_of_a_moment_is_not_long_where_the_machines_zone_is_not_ut
         assert make_store(server.url("mysql")).survey()["transactions"] == []
 
 
+@pytest.mark.only("postgresql")
+def test_others_connections_are_counted_and_their_transactions_not_taken_for_none(
+    store: BaseStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = postgresql_store.SURVEY["transactions"].replace("'5 minutes'", "'0 s'")
+    monkeypatch.setitem(postgresql_store.SURVEY, "transactions", at_once)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            other = stack.enter_context(database.server._connect(database.name))
+            other.execute("BEGIN")
+        found = by_check(maintain(store, "daily"))
+        (connections,) = found["connections"]
+        assert int(connections.message.split()[0]) >= 4
+        (transactions,) = found["transactions"]
+        assert transactions.message == "not told to this account: how long others take"
+        with make_store(database.server.url(database.name)) as administrator:
+            (transactions,) = by_check(maintain(administrator, "daily"))["transactions"]
+        assert transactions.level is Level.WARNING
+        assert str(other.info.backend_pid) in transactions.message
+
+
 # --- Backups and benchmarks -----------------------------------------------------------------------
 
 
@@ -251,6 +311,29 @@ def tools(
         directory = tmp_path_factory.mktemp("tools")
         next(iter(servers.find_mysql())).write_tools(directory)
         monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_of_several_databases_backups_in_one_directory_each_looks_at_its_own(
+    store: BaseStore, empty_database: Database, tmp_path: Path, *, encrypted: bool
+) -> None:
+    keys = [encryption.new_identity(tmp_path / "key")] if encrypted else []
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    empty_database.owner().apply_schema()
+    tasks = Tasks(backups=directory)
+    with make_store(empty_database.url) as other:
+        mine = Path(backup.backup(store, directory, recipients=keys).path)
+        os.utime(mine, (time.time() - 60,) * 2)
+        for newest, opened in ((mine, store), (None, other)):
+            (found,) = by_check(maintain(opened, "daily", tasks))["backup"]
+            assert (found.level is Level.OK) == (newest is not None), found
+        assert found.message == f"{directory} has none of this database"
+        theirs = Path(backup.backup(other, directory, recipients=keys).path)
+        for newest, opened in ((mine, store), (theirs, other)):
+            (found,) = by_check(maintain(opened, "daily", tasks))["backup"]
+            assert found.message.startswith(newest.name)
 
 
 @pytest.mark.usefixtures("tools")
