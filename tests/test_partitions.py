@@ -1018,6 +1018,27 @@ def test_pruning_drops_no_partition_of_a_session_that_got_events_since_its_end(
     check_whole(partitioned)
 
 
+def test_a_session_that_goes_on_long_after_its_end_while_its_partition_is_dropped_is_kept(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time_ns() // 1_000_000
+    policy = RetentionPolicy(max_age_days=(now - month(32)) / DAY)
+    events = [*(event("a", month(6)) for _ in range(5)), event("a", now)]
+    settle = partitions._settle
+    with make_store(partitioned.url) as store, partitioned.owner() as owner:
+        store.save_session(ended("a", 5))
+        store.save_events(events[:-1])
+
+        def go_on_first(*arguments: Any) -> int:
+            store.save_event(events[-1])
+            return settle(*arguments)
+
+        monkeypatch.setattr(partitions, "_settle", go_on_first)
+        assert prune(owner, policy).sessions == 0
+        assert store.get_events("a") == events
+    check_whole(partitioned)
+
+
 def test_where_an_archive_is_kept_only_empty_partitions_are_dropped(
     partitioned: Database, tmp_path: Path
 ) -> None:
