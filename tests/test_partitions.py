@@ -1039,6 +1039,29 @@ def test_a_session_that_goes_on_long_after_its_end_while_its_partition_is_droppe
     check_whole(partitioned)
 
 
+def test_the_ids_of_dropped_events_go_page_by_page(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "_BATCH_IDS", 7)
+    with partitioned.owner()._partition_session(60) as opened:
+        kind = type(opened)
+    forget, left = kind.forget_ids, []
+
+    def forget_and_count(self: partitions.PartitionSession, after: Any, rows: int) -> Any:
+        place = forget(self, after, rows)
+        left.append(len(ids_of(partitioned, "event_ids")))
+        return place
+
+    monkeypatch.setattr(kind, "forget_ids", forget_and_count)
+    with make_store(partitioned.url) as store:
+        store.save_sessions([ended(name, 5) for name in "abc"])
+        for n in range(60):  # not in the order of the pages, and some at the same time
+            store.save_event(event("cab"[n % 3], month(6) - n // 6))
+        assert partitioned.owner().drop_partitions(month(32)).sessions == 3
+    assert left == [*range(53, 0, -7), 0, 0]
+    assert check_whole(partitioned) == []
+
+
 def test_where_an_archive_is_kept_only_empty_partitions_are_dropped(
     partitioned: Database, tmp_path: Path
 ) -> None:
