@@ -1170,6 +1170,8 @@ def test_what_a_killed_command_left_of_a_replaced_partition_is_dropped_by_the_ne
                     work()
             assert left()
             assert store.save_events(events, undelete=False) == 0
+            with pytest.raises(StoreUnavailable, match="made or dropped"):
+                store.forget(session_id="s")
             work()
             assert not left()
         assert store.get_events("t") == events[1:]
