@@ -412,6 +412,45 @@ def test_what_was_deleted_by_hand_while_it_was_copied_stays_deleted(
     assert check_whole(plain) == hexes(events[20:])
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_deleted_after_both_tables_were_compared_stays_deleted(
+    plain: Database, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    events = [event("s", RECENT + n) for n in range(50)]
+    others = [event("t", RECENT + n) for n in range(5)]
+    left = events[::2] if again else []
+    verify = partitions._verify
+    with make_store(plain.url) as store:
+        store.save_events([*events, *others])
+
+        def verify_then_delete(session: partitions.PartitionSession) -> tuple[int, int]:
+            verified = verify(session)
+            store.delete_session("s")
+            assert store.save_events(left, undelete=True) == len(left)
+            return verified
+
+        monkeypatch.setattr(partitions, "_verify", verify_then_delete)
+        plain.owner().partition_events()
+    assert check_whole(plain) == hexes(left + others)
+
+
+def test_what_an_earlier_run_has_copied_of_a_session_that_is_gone_does_not_stay(
+    plain: Database,
+) -> None:
+    spans = partitions.periods("month", RECENT, RECENT + DAY)
+    others = [event("t", RECENT + n) for n in range(5)]
+    with make_store(plain.url) as store:
+        store.save_events([*(event("s", RECENT + n) for n in range(50)), *others])
+        with plain.owner()._partition_session(60) as session:
+            session.prepare(spans)
+            session.copy(0, session.watermark(), 1000)
+        store.delete_session("s")
+    with plain.owner()._partition_session(60) as session:
+        session.prepare(spans)
+        session.switch(session.copied())
+    assert check_whole(plain) == hexes(others)
+
+
 def test_a_copy_that_lacks_something_changes_nothing(
     plain: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
