@@ -161,6 +161,19 @@ def test_a_second_copy_brings_what_has_come_since(store: BaseStore, target: Base
     assert target.get_events("root") == store.get_events("root")
 
 
+def test_a_second_copy_brings_an_event_to_a_session_that_has_another_one_there(
+    store: BaseStore, target: BaseStore
+) -> None:
+    store.save_event(event("s"))
+    copy_store(store, target)
+    here, there = event("s", T0 + 50), event("s", T0 + 70)
+    store.save_event(here)
+    target.save_event(there)
+    report = copy_store(store, target)
+    assert (report.stored, report.problems) == (1, ())
+    assert target.get_events("s")[1:] == [here, there]
+
+
 def test_a_message_that_something_else_has_written_is_named_and_the_rest_comes(
     store: BaseStore, target: BaseStore, database: Database
 ) -> None:
