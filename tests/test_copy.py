@@ -174,6 +174,15 @@ def test_a_second_copy_brings_an_event_to_a_session_that_has_another_one_there(
     assert target.get_events("s")[1:] == [here, there]
 
 
+def test_of_two_deletions_the_later_one_counts(store: BaseStore, target: BaseStore) -> None:
+    target.add_deletions([("a", T0 + 100), ("b", T0 + 100)])
+    store.add_deletions([("a", T0 + 50), ("b", T0 + 150)])
+    copy_store(store, target)
+    assert target.deletions() == [("a", T0 + 100), ("b", T0 + 150)]
+    assert not target.save_event(event("a", T0 + 75))
+    assert target.get_sessions() == []
+
+
 def test_a_message_that_something_else_has_written_is_named_and_the_rest_comes(
     store: BaseStore, target: BaseStore, database: Database
 ) -> None:
