@@ -192,6 +192,24 @@ def test_what_a_named_parent_has_copied_from_its_child_goes(
 FLAGS = {"is_user_initiated": True, "is_pinned": False, "hidden": False}
 
 
+def test_a_named_parent_that_is_saved_meanwhile_keeps_what_it_was_saved_with(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = session("p", machine_id="own", working_directory="/own\0\udcff", **FLAGS)
+    store.save_session(session("s", parent_session_id="p"))
+    select = store._select_copies
+
+    def select_then_save(connection: Any) -> list[str]:
+        found = select(connection)
+        assert found == ["p"]
+        store.save_session(own)
+        return found
+
+    monkeypatch.setattr(store, "_select_copies", select_then_save)
+    store.forget(session_id="s")
+    assert store.get_session("p") == own
+
+
 def test_a_cycle_is_forgotten_whole(store: BaseStore) -> None:
     for name, parent in {"a": "c", "b": "a", "c": "b", "x": "c", "self": "self"}.items():
         store.save_session(session(name, manual_parent_session_id=parent))
