@@ -944,7 +944,9 @@ HASH_OF_EVENT = """CAST(CONV(LEFT(SHA2(
                     ' ', e.seq, e.timestamp, HEX(e.id), SHA2(e.event_type, 256),
                     SHA2(e.hook_type, 256), COALESCE(SHA2(e.parent_session_id, 256), '-'),
                     SHA2(e.machine_id, 256), SHA2(e.working_directory, 256), SHA2(e.data, 256),
-                    COALESCE(SHA2(e.exact, 256), '-')
+                    COALESCE(SHA2(e.exact, 256), '-'), COALESCE(SHA2(e.tool_name, 256), '-'),
+                    COALESCE(SHA2(e.tool_use_id, 256), '-'), COALESCE(e.commit_order, '-'),
+                    e.created_at
                 ),
                 256
             ), 16), 16, 10) AS UNSIGNED)"""
@@ -965,7 +967,7 @@ SELECT
             s.agent_type, s.model, s.transcript_path, s.is_user_initiated, s.is_pinned,
             s.hidden, s.label, s.token_usage_input, s.token_usage_output,
             s.token_usage_cache_read, s.token_usage_cache_creation, s.known_from, s.exact,
-            s.updated_at
+            s.created_at, s.updated_at
         ),
         256
     ) AS CHAR),

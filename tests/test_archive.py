@@ -363,6 +363,52 @@ def test_a_tree_that_changes_meanwhile_is_left_alone(
     assert again == expected
 
 
+#: What somebody may set by hand, each value on its own.
+BY_HAND = {
+    "events": {
+        "timestamp": f"{T0 + 1}",
+        "event_type": "'error'",
+        "hook_type": "'PostToolUse'",
+        "parent_session_id": "'parent'",
+        "machine_id": "'other'",
+        "working_directory": "'/other'",
+        "tool_name": "'Other'",
+        "tool_use_id": "'other'",
+        "data": """'{"n": 2}'""",
+        "exact": """'{"n": 2}'""",
+        "commit_order": "5",
+        "created_at": "'2020-02-02'",
+    },
+    "token_ledger": {
+        "message_id": "'other'",
+        "timestamp": f"{T0 + 1}",
+        "model": "'other'",
+        "input_tokens": "71",
+        "output_tokens": "72",
+        "cache_read": "73",
+        "cache_creation": "74",
+    },
+}
+NEW_ID = {"postgresql": "md5('other')::uuid", "mysql": "UUID_TO_BIN(UUID())"}
+
+
+@pytest.mark.parametrize("in_slices", [False, True])
+def test_whichever_value_was_changed_by_hand_its_session_is_not_deleted(
+    store: BaseStore, database: Database, in_slices: bool
+) -> None:
+    store.save_session(session("s", **OLD))
+    store.save_event(event("s"))
+    store.save_usage("s", [usage()])
+    by_hand = {**BY_HAND, "events": {**BY_HAND["events"], "id": NEW_ID[store.backend]}}
+    for table, values in by_hand.items():
+        for column, value in values.items():
+            before = store.fingerprints(["s"], in_slices=in_slices)
+            database.execute(f"UPDATE {table} SET {column} = {value}")
+            assert store.fingerprints(["s"], in_slices=in_slices) != before, column
+            states = store.session_states()
+            assert store.delete_unchanged(states, before, in_slices=in_slices) == [], column
+
+
 def test_a_file_that_is_not_what_the_database_has_is_noticed_and_nothing_is_deleted(
     store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
