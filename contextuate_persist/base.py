@@ -83,6 +83,8 @@ CHUNK_ROWS = 1000
 DELETE_ROWS = 20_000
 #: How long a deletion is remembered: longer than any spool of undelivered events is kept.
 TOMBSTONE_DAYS = 90
+#: Seconds, for who does not say otherwise.
+STATEMENT_TIMEOUT, LOCK_TIMEOUT = 60.0, 10.0
 
 _CONFLICT_ATTEMPTS = 12
 _LOST_ATTEMPTS = 6
@@ -191,8 +193,8 @@ class BaseStore(ABC):
         pool_size: int = 10,
         connect_timeout: float = 5.0,
         pool_timeout: float = 10.0,
-        statement_timeout: float = 60.0,
-        lock_timeout: float = 10.0,
+        statement_timeout: float = STATEMENT_TIMEOUT,
+        lock_timeout: float = LOCK_TIMEOUT,
         storage_limit: int | None = None,
         on_full: retention.OnFull = "warn",
         retention_policy: retention.RetentionPolicy | None = None,

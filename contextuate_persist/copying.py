@@ -13,7 +13,13 @@ from operator import ge
 from typing import Any
 
 from contextuate_persist import records
-from contextuate_persist.base import CHUNK_ROWS, BaseStore, milliseconds
+from contextuate_persist.base import (
+    CHUNK_ROWS,
+    LOCK_TIMEOUT,
+    STATEMENT_TIMEOUT,
+    BaseStore,
+    milliseconds,
+)
 from contextuate_persist.errors import (
     ConfigurationError,
     InvalidBatch,
@@ -359,10 +365,11 @@ class _Copier:
 def _clocks(source: BaseStore, target: BaseStore) -> tuple[int, int]:
     """How far the target's clock is ahead, and by how much two changes may seem to be exchanged.
 
-    Milliseconds, both. What changes a session is dated from before it waits for its locks.
+    Milliseconds, both. What changes a session is dated from before it waits for its locks: as long
+    as a store lets it, and not this one, which may be patient for counting.
     """
     before, there, after = source.clock(), target.clock(), source.clock()
-    wait = milliseconds(source._statement_timeout + source._lock_timeout)  # noqa: SLF001
+    wait = milliseconds(STATEMENT_TIMEOUT + LOCK_TIMEOUT)
     return there - (before + after) // 2, wait + after - before
 
 

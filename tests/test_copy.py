@@ -205,6 +205,7 @@ def test_what_was_changed_in_the_target_stays_also_if_its_clock_is_behind(
     monkeypatch: pytest.MonkeyPatch,
     behind: int,
 ) -> None:
+    monkeypatch.setattr(store, "_statement_timeout", 600.0)  # as the command has it
     fill(store)
     redate(database, -100)
     copy_store(store, target)
