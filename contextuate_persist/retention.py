@@ -47,6 +47,8 @@ _WEIGHED_SESSIONS = 200  # at once
 class RetentionPolicy:
     """What is kept: each limit that is given has to hold, and pinned sessions always stay.
 
+    Without any limit it is an age of `DEFAULT_DAYS`.
+
     A tree, linked by effective parents, goes only as a whole, and counts as active as long as its
     last member. Of `max_age_days`, a tree is due when it was active before. Of `max_sessions` and
     `max_bytes`, the trees that were active longest ago go until the rest fits; pinned sessions
@@ -56,12 +58,14 @@ class RetentionPolicy:
     what still runs. Active is a session until its end, without one until its last event.
     """
 
-    max_age_days: float | None = DEFAULT_DAYS
+    max_age_days: float | None = None
     max_sessions: int | None = None
     max_bytes: int | None = None
     spared_days: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.max_age_days is self.max_sessions is self.max_bytes is None:
+            object.__setattr__(self, "max_age_days", DEFAULT_DAYS)
         for name in ("max_age_days", "spared_days", "max_sessions", "max_bytes"):
             value = getattr(self, name)
             whole = name in ("max_sessions", "max_bytes")
@@ -335,7 +339,9 @@ class Valve:
         size = self._low
         if policy is not None and policy.max_bytes is not None:
             size = min(size, policy.max_bytes)
-        self._policy = replace(policy or RetentionPolicy(max_age_days=None), max_bytes=size)
+        self._policy = RetentionPolicy(max_bytes=size)
+        if policy is not None:
+            self._policy = replace(policy, max_bytes=size)
         self._used = 0
         self.full = False
         self.reset()

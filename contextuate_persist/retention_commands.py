@@ -18,12 +18,9 @@ OpenStore = Callable[[argparse.Namespace], BaseStore]
 
 
 def policy_of(args: argparse.Namespace) -> RetentionPolicy:
-    """The policy of a command line; without any limit it is one of age."""
-    days = args.days
-    if days is None and args.sessions is None and args.bytes is None:
-        days = retention.DEFAULT_DAYS
+    """The policy of a command line."""
     return RetentionPolicy(
-        max_age_days=days,
+        max_age_days=args.days,
         max_sessions=args.sessions,
         max_bytes=args.bytes,
         spared_days=args.spare,

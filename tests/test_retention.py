@@ -49,11 +49,11 @@ def ended(name: str, age_days: float, **fields: Any) -> Any:
 
 
 def by_number(count: int) -> RetentionPolicy:
-    return RetentionPolicy(max_age_days=None, max_sessions=count)
+    return RetentionPolicy(max_sessions=count)
 
 
 def by_bytes(size: int) -> RetentionPolicy:
-    return RetentionPolicy(max_age_days=None, max_bytes=size)
+    return RetentionPolicy(max_bytes=size)
 
 
 # --- Policies -------------------------------------------------------------------------------------
@@ -193,6 +193,12 @@ def test_limits_hold_together(store: BaseStore) -> None:
 def test_a_senseless_limit_is_named(limits: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=f"^{next(iter(limits))}: "):
         RetentionPolicy(**limits)
+
+
+def test_an_age_is_the_limit_only_where_none_is_given() -> None:
+    assert RetentionPolicy().max_age_days == RetentionPolicy(spared_days=3).max_age_days == 90
+    assert RetentionPolicy(max_sessions=5).max_age_days is None
+    assert RetentionPolicy(max_bytes=5).max_age_days is None
 
 
 def test_a_dry_run_tells_the_same_and_changes_nothing(store: BaseStore) -> None:
