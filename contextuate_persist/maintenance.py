@@ -355,7 +355,7 @@ def _migrations(store: BaseStore, _: Tasks) -> Iterator[Finding]:
 PERIODS: dict[str, tuple[tuple[str, Item], ...]] = {
     "daily": (
         ("connections", _connections),
-        ("check", _checked("statements", "prepared", "space")),
+        ("check", _checked("statements", "prepared", "space", "partitions")),
         ("backup", _backup),
     ),
     "weekly": (

@@ -33,8 +33,9 @@ RETIRED = "events_retired"
 #: How long a partition is; weeks begin on Monday, everything in UTC.
 Unit: TypeAlias = Literal["month", "week", "day"]
 
-#: Coming partitions: `maintain` may fail for as long, and every event is still where it belongs.
-AHEAD: dict[str, int] = {"month": 3, "week": 6, "day": 14}
+#: Coming partitions: more than a month of them, since `maintain monthly` adds to them. For so long
+#: it may fail, and every event is still where it belongs.
+AHEAD: dict[str, int] = {"month": 3, "week": 10, "day": 75}
 #: How far back a conversion makes partitions; what is older shares one.
 _BACK: dict[str, int] = {"month": 60, "week": 104, "day": 92}
 #: Names, behind `events_` or `p_`, of what lies before the first partition and beyond the last.
