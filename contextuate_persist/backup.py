@@ -325,9 +325,12 @@ def _needs_structure(session: schema.SchemaSession, contents: Contents) -> bool:
             )
         return True
     if version != (contents.version, contents.layout):
+        way = "restore into a database without a schema"
+        if contents.layout == "partitioned" and version.layout == "plain":
+            way = "run `partition` and `partition --discard-old` there first, or " + way
         raise SchemaError(
             f"{session.place} has schema version {version.version} ({version.layout}), the backup "
-            f"{contents.version} ({contents.layout}): restore into a database without a schema"
+            f"{contents.version} ({contents.layout}): {way}"
         )
     return False
 

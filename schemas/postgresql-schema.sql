@@ -204,9 +204,16 @@ CREATE INDEX IF NOT EXISTS idx_sessions_visible ON sessions (start_time DESC, se
 -- comes at their right end, where PostgreSQL leaves full pages behind. idx_events_timestamp takes 32
 -- bytes for each event so; falling, it took 57.
 
--- get_events, iter_events(session_id=), the last event of a session; the foreign key
-CREATE INDEX IF NOT EXISTS idx_events_session_timestamp
-    ON events (session_id, timestamp, seq);
+-- Where events is partitioned, its primary key is this one.
+DO $$
+BEGIN
+    IF (SELECT relkind FROM pg_class WHERE oid = to_regclass('events')) = 'r' THEN
+        -- get_events, iter_events(session_id=), the last event of a session; the foreign key
+        CREATE INDEX IF NOT EXISTS idx_events_session_timestamp
+            ON events (session_id, timestamp, seq);
+    END IF;
+END
+$$;
 -- get_all_recent_events, iter_events()
 CREATE INDEX IF NOT EXISTS idx_events_timestamp ON events (timestamp, seq);
 -- find_events(event_type=)

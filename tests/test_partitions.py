@@ -751,6 +751,37 @@ def bounds(database: Database) -> list[tuple[str, int | None, int | None]]:
     return [(one.name, one.start, one.end) for one in database.owner().partitions()]
 
 
+def test_the_schema_file_may_be_run_again(converted: Database) -> None:
+    before = INDEXES[converted.backend]
+    found = converted.execute(before)
+    assert found
+    script = schema.schema_file(f"{converted.backend}-schema.sql").read_text()
+    for statement in schema.split_script(script, converted.backend):
+        converted.execute(statement)
+    assert converted.execute(before) == found
+    [drift] = [one for one in converted.owner().check() if one.check == "drift"]
+    assert drift.level is Level.OK
+
+
+INDEXES = {
+    "postgresql": "SELECT indexrelid::regclass::text FROM pg_index "
+    "WHERE indrelid = 'events'::regclass ORDER BY 1",
+    "mysql": "SELECT DISTINCT index_name FROM information_schema.statistics "
+    "WHERE table_schema = DATABASE() AND table_name = 'events' ORDER BY 1",
+}
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_backup_of_partitions_for_a_plain_schema_says_what_to_do(
+    converted: Database, empty_database: Database, tmp_path: Path
+) -> None:
+    with converted.owner() as owner:
+        backup(owner, tmp_path / "backup")
+    empty_database.owner().apply_schema()
+    with pytest.raises(SchemaError, match=r"run `partition` and `partition --discard-old` there"):
+        restore(empty_database.owner(), tmp_path / "backup")
+
+
 @pytest.mark.usefixtures("tools")
 @pytest.mark.parametrize("target", ["without a schema", "of other partitions"])
 def test_a_backup_of_partitions_is_restored_and_goes_on_as_before(
