@@ -142,6 +142,8 @@ _DATABASE_KEYS = {
     "tls": dict,
 }
 _DEFAULT_DATABASE = "contextuate_monitor"
+# Docker's and Podman's, inside of a container, where they are open to all that is in it.
+_SECRETS = Path("/run/secrets")
 
 
 def _read_file(config: str | Path | None) -> tuple[str | None, dict[str, Any]]:
@@ -178,8 +180,8 @@ def _read_file(config: str | Path | None) -> tuple[str | None, dict[str, Any]]:
     if kind not in ("postgresql", "mysql"):
         raise ConfigurationError(f'{path}: persistence.type is one of "postgresql" and "mysql"')
     database = _checked(block.get("database", {}), "persistence.database", _DATABASE_KEYS, path)
-    if "password" in database and path.stat().st_mode & 0o077:
-        _logger.warning("%s holds a password and others can read it: chmod 600 it", path)
+    if "password" in database:
+        _warn_of_readers(path)
     try:
         return _url_of_block(kind, database, path), _options(block.get("storage", {}), path)
     except UnicodeEncodeError:
@@ -273,6 +275,11 @@ def _url_of_block(kind: str, database: dict[str, Any], path: Path) -> str:
     return f"{kind}://{login}{'@' if login else ''}{place}/{name}{query}"
 
 
+def _warn_of_readers(path: Path) -> None:
+    if path.stat().st_mode & 0o077:
+        _logger.warning("%s holds a password and others can read it: chmod 600 it", path)
+
+
 def _password(database: Mapping[str, Any], path: Path) -> str:
     """From the environment, else from a file of its own, else from the block."""
     if password := os.environ.get(ENVIRONMENT_PASSWORD):
@@ -280,6 +287,8 @@ def _password(database: Mapping[str, Any], path: Path) -> str:
     if "passwordFile" in database:
         file = home_path(database["passwordFile"])
         try:
+            if file.parent != _SECRETS:
+                _warn_of_readers(file)
             return file.read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, ValueError) as error:
             reason = f"{path}: persistence.database.passwordFile cannot be read: {error}"

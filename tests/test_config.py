@@ -114,6 +114,24 @@ def test_the_password_may_come_from_the_environment_or_a_file(
         assert len(store.get_events("s")) == 1
 
 
+def test_a_password_file_that_others_can_read_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = write(tmp_path / "secret", "x\n")
+    database = {"type": "postgresql", "database": {"passwordFile": str(secret)}}
+    path = write(tmp_path / "c.json", {"persistence": database})
+    for mode, more in ((0o600, 0), (0o640, 1), (0o604, 1)):
+        secret.chmod(mode)
+        caplog.clear()
+        open_store(config=path)
+        told = f"{secret} holds a password and others can read it: chmod 600 it"
+        assert [record.getMessage() for record in caplog.records] == [told] * more
+    caplog.clear()
+    monkeypatch.setattr(config, "_SECRETS", tmp_path)  # as in a container
+    open_store(config=path)
+    assert caplog.records == []
+
+
 @pytest.mark.only("postgresql")
 def test_libpq_finds_the_password_in_pgpassfile(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
