@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,29 @@ def test_the_code_in_the_guide_runs(
     [block] = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     exec(compile(block, "schemas/README.md", "exec"), {})
     assert capsys.readouterr().out == "{'command': 'deploy TOKEN=[removed]'}\n1\n"
+
+
+def test_the_guides_redaction_finds_secrets_as_they_are_written() -> None:
+    [block] = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block.partition("\n\ndef redact")[0], "schemas/README.md", "exec"), names)
+    for text, cleaned in {
+        "GITHUB_TOKEN=ghp_abc make": "GITHUB_TOKEN=[removed] make",
+        "AWS_SECRET_ACCESS_KEY=xyz": "AWS_SECRET_ACCESS_KEY=[removed]",
+        "OPENAI_API_KEY: sk-1": "OPENAI_API_KEY: [removed]",
+        '{"password": "hun ter2"}': '{"password": [removed]}',
+        '{\\"password\\": \\"hunter2\\"}': '{\\"password\\": [removed]}',
+        "Authorization: Bearer abc": "Authorization: Bearer [removed]",
+        "token: Bearer abc": "token: Bearer [removed]",
+        "mysql://u:pw@h/db": "mysql://u:[removed]@h/db",
+        "x --db-password 'a b' -v": "x --db-password [removed] -v",
+        "http://localhost:8080/path": "http://localhost:8080/path",
+        "the token expired": "the token expired",
+    }.items():
+        assert names["cleaned"](text) == cleaned
+    nested = {"api_key": "sk-1", "n": [{"refreshToken": ["x", 1], "y": "z"}]}
+    removed = {"api_key": "[removed]", "n": [{"refreshToken": ["[removed]", 1], "y": "z"}]}
+    assert names["cleaned"](nested) == removed
 
 
 def test_the_guide_names_all_that_may_remain_after_forgetting() -> None:
