@@ -87,8 +87,8 @@ def _global_options(default: Any) -> argparse.ArgumentParser:
     options.add_argument(
         "--url",
         default=default,
-        help="the database, postgresql://... or mysql://... "
-        f"(environment: {ENVIRONMENT_URL}; without either a private PostgreSQL is run)",
+        help=f"the database, postgresql://... or mysql://... (environment: {ENVIRONMENT_URL}; "
+        "else that of the configuration file, else a private PostgreSQL)",
     )
     options.add_argument(
         "--json",

@@ -138,6 +138,11 @@ def _driver(seen: Seen) -> Iterator[Finding]:
     if seen.implementation != "python":
         return _ok("driver", message)
     advice = "it works, but slower: install contextuate-persist[binary]"
+    if not seen.driver.startswith("psycopg"):
+        advice = (
+            "it works, but slower: take use-pure out of the URL, or install a "
+            "mysql-connector-python with its C extension"
+        )
     return iter([Finding("driver", Level.WARNING, message, advice)])
 
 

@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS events_partitioned (
     tool_use_id        VARCHAR(255)          COMMENT 'toolUseId of the payload, its first 255 characters',
     data               JSON         NOT NULL COMMENT 'The payload; if exact is filled, its closest queryable projection',
     exact              LONGBLOB              COMMENT 'JSON with what the columns cannot hold exactly; NULL mostly',
-    commit_order       BIGINT                COMMENT 'Order of commits, for readers that follow the table',
+    commit_order       BIGINT                COMMENT 'Reserved for the order of commits; not filled',
     created_at         TIMESTAMP(3) NOT NULL DEFAULT CURRENT_TIMESTAMP(3) COMMENT 'When it was stored',
 
     -- get_events, iter_events(session_id=), the last event of a session

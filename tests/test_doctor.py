@@ -535,6 +535,11 @@ def test_what_was_seen_is_judged(
     assert judged(seen, check, answer, **changes).level is level
 
 
+def test_each_driver_has_its_own_advice(seen: Seen) -> None:
+    for driver, advice in (("psycopg 3", "contextuate-persist[binary]"), ("mysql-", "use-pure")):
+        assert advice in judged(seen, "driver", None, implementation="python", driver=driver).advice
+
+
 def test_a_disk_that_fills_up_is_warned_of(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, level in (
         (2**40, Level.OK),
