@@ -203,6 +203,39 @@ def test_ten_thousand_children_are_kept(store: BaseStore, database: Database) ->
     assert [node.depth for node in store.session_tree()] == [0] * 10_000
 
 
+def test_a_session_with_ten_thousand_children_is_sorted_among_others(
+    store: BaseStore, database: Database
+) -> None:
+    """By any filter: its list alone is more than MySQL's sort buffer takes."""
+    children = tuple(f"{n:036}" for n in range(10_000))
+    store.save_session(session("p", child_session_ids=children))
+    store.save_sessions(
+        session(f"s{n}", start_time=T0 + n // 2, parent_session_id="p") for n in range(10, 60)
+    )
+    expected = [f"s{n}" for n in range(59, 9, -1)] + ["p"]
+    filters: list[dict[str, Any]] = [
+        {},
+        {"machine_id": "machine"},
+        {"status": "active"},
+        {"hidden": False},
+        {"started_after": T0 - 1},
+        {"started_before": T0 + 100},
+        {"status": "active", "hidden": False, "machine_id": "machine"},
+    ]
+    for given in filters:
+        for limit in (None, 7):
+            found = store.get_sessions(**given, limit=limit)
+            assert [one.session_id for one in found] == expected[:limit], (given, limit)
+            assert all(one.child_session_ids == () for one in found if one.session_id != "p")
+    under = {node.session.session_id: node.depth for node in store.session_tree("p")}
+    assert under == dict.fromkeys(expected, 1) | {"p": 0}
+    assert len(store.session_tree()) == 51
+    assert set(store.sessions_of(expected)) == set(expected)
+    shown = database.execute("SELECT session_id, child_count FROM active_sessions")
+    assert [row[1] for row in shown if row[0] == "p"] == [10_050]
+    assert len(shown) == 51
+
+
 def test_cyclic_parents_go_through_every_method(store: BaseStore) -> None:
     store.save_events([event("a", parent_session_id="b"), event("b", parent_session_id="a")])
     store.save_event(event("self", parent_session_id="self"))
