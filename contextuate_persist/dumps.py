@@ -505,16 +505,16 @@ class MySQLDumper:
                 session.run(statement)
             # Last: a version that is recorded is complete.
             self._execute(version)
-        _, after = session.around(load.contents)
+        before, after = session.around(load.contents)
         with self._mysql() as program:
             program.write(b"SET autocommit = 0, unique_checks = 0;\n")
+            program.write("".join(f"{one};\n" for one in before).encode())
             for part in load.data:
                 program.write(part)
             # Whatever ends before this line is undone by the server.
             program.write(b"\nCOMMIT;\n")
+            program.write("".join(f"{one};\n" for one in after).encode())
             program.finish()
-        for statement in after:
-            session.run(statement)
 
     def _execute(self, script: bytes) -> None:
         with self._mysql() as program:

@@ -1609,6 +1609,20 @@ ORDER BY s.session_id
 
 HAS_ROWS = "SELECT 1 FROM {table} LIMIT 1"
 
+SELECT_LOCK_TIMEOUT = "SELECT @@lock_wait_timeout"
+
+# In the session that loads: whoever writes now waits, until it has ended, and fails on what is
+# there then. Of all functions it is this one whose error quotes a text of ours.
+LOCK_EMPTY = """
+SET lock_wait_timeout = {timeout};
+LOCK TABLES {tables}
+"""
+RESTORE_GUARD = """
+SELECT UUID_TO_BIN('somebody has written into the database meanwhile')
+FROM (SELECT 1 AS one) AS given
+WHERE {found}
+"""
+
 # It never goes back behind what the rows hold.
 SET_SEQUENCE = "ALTER TABLE {table} AUTO_INCREMENT = {next_seq}"
 
@@ -2522,8 +2536,16 @@ class MySQLSchema:
         return bool(_execute(self.connection, HAS_ROWS.format(table=_identifier(table))))
 
     def around(self, contents: Contents) -> tuple[list[str], list[str]]:
-        words = {"table": contents.sequence, "next_seq": contents.next_seq}
-        return [], [SET_SEQUENCE.format(**words)]
+        filled = [name for name in contents.tables if name != "schema_version"]
+        words = {
+            "timeout": _execute(self.connection, SELECT_LOCK_TIMEOUT)[0][0],
+            "tables": ", ".join(f"{name} WRITE" for name in filled),
+            "found": " OR ".join(f"EXISTS (SELECT 1 FROM {name})" for name in filled),
+            "table": contents.sequence,
+            "next_seq": contents.next_seq,
+        }
+        before = [one.format(**words) for one in (LOCK_EMPTY, RESTORE_GUARD)]
+        return before, [SET_SEQUENCE.format(**words)]
 
     def record(self, version: int, name: str, checksum: str | None) -> None:
         row = {"version": version, "name": name, "checksum": checksum}

@@ -1702,8 +1702,11 @@ ORDER BY s.session_id
 
 HAS_ROWS = "SELECT FROM {table} LIMIT 1"
 
+SELECT_LOCK_TIMEOUT = "SELECT current_setting('lock_timeout')"
+
 # In the transaction that loads: whoever writes now waits, and fails on what is there then.
 RESTORE_GUARD = """
+SET LOCAL lock_timeout = '{timeout}';
 LOCK TABLE {namespace}.sessions, {namespace}.events, {namespace}.deleted_sessions
     IN ACCESS EXCLUSIVE MODE;
 DO $$
@@ -2874,6 +2877,7 @@ class PostgreSQLSchema:
 
     def around(self, contents: Contents) -> tuple[list[str], list[str]]:
         words = {
+            "timeout": self.connection.execute(SELECT_LOCK_TIMEOUT).fetchall()[0][0],
             "namespace": sql.Identifier(contents.namespace).as_string(None),
             "sequence": contents.sequence.replace("'", "''"),
             "next_seq": contents.next_seq,

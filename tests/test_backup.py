@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -31,6 +31,7 @@ from contextuate_persist import (
     DamagedFile,
     SchemaError,
     StoreRefused,
+    StoreUnavailable,
     accounts,
     backup_file,
     dumps,
@@ -46,6 +47,7 @@ from contextuate_persist.cli import main
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.doctor import Level
 from contextuate_persist.dumps import Program
+from contextuate_persist.schema import SchemaSession
 from tests import servers
 from tests.authority import ELSEWHERE, Authority
 from tests.builders import T0, event, session, usage
@@ -625,6 +627,103 @@ def test_a_database_that_holds_anything_is_left_alone(
     foreign.execute("CREATE TABLE sessions (x INT)")
     with pytest.raises(SchemaError, match="of another origin"):
         restore(foreign.owner(), made)
+
+
+@pytest.mark.parametrize("what", ["session", "deletion"])
+def test_what_is_written_right_before_the_rows_are_loaded_is_left_alone(
+    made: Path, target: Callable[[], Database], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = target()
+    owner = empty.owner()
+    owner.apply_schema()
+    schema_session = owner.schema_session
+    written: list[dict[str, list[Any]]] = []
+
+    @contextlib.contextmanager
+    def overtaken() -> Iterator[SchemaSession]:
+        with schema_session() as schema:
+            around = schema.around
+
+            def late(contents: dumps.Contents) -> tuple[list[str], list[str]]:
+                with make_store(empty.url) as store:
+                    store.save_session(session("theirs"))
+                    if what == "deletion":
+                        store.delete_session("theirs")
+                written.append(everything(empty))
+                return around(contents)
+
+            monkeypatch.setattr(schema, "around", late)
+            yield schema
+
+    monkeypatch.setattr(owner, "schema_session", overtaken)
+    with pytest.raises(StoreRefused, match="somebody has written into the database meanwhile"):
+        restore(owner, made)
+    assert [everything(empty)] == written
+
+
+LOCKED = {
+    "postgresql": "SELECT count(*) FROM pg_locks WHERE relation = 'sessions'::regclass "
+    "AND mode = 'AccessExclusiveLock' AND granted",
+    "mysql": "SELECT COUNT(*) FROM performance_schema.metadata_locks "
+    "WHERE object_schema = DATABASE() AND object_name = 'sessions' "
+    "AND lock_type = 'SHARED_NO_READ_WRITE' AND lock_status = 'GRANTED'",
+}
+
+
+def test_who_writes_while_rows_are_loaded_has_to_wait(
+    made: Path, database: Database, target: Callable[[], Database], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = target()
+    owner = empty.owner()
+    owner.apply_schema()
+    dumper = owner.dumper
+    refused: list[StoreUnavailable] = []
+
+    def write_late(data: Iterable[bytes]) -> Iterator[bytes]:
+        yield from data
+        until = time.monotonic() + 30
+        while empty.execute(LOCKED[empty.backend]) == [(0,)]:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        with make_store(empty.url, lock_timeout=1) as store:
+            with pytest.raises(StoreUnavailable) as caught:
+                store.save_session(session("theirs"))
+            refused.append(caught.value)
+
+    def slow(*given: str) -> dumps.Dumper:
+        found = dumper(*given)
+        load = found.load
+        monkeypatch.setattr(
+            found,
+            "load",
+            lambda schema, all_: load(schema, all_._replace(data=write_late(all_.data))),
+        )
+        return found
+
+    monkeypatch.setattr(owner, "dumper", slow)
+    restore(owner, made)
+    assert len(refused) == 1
+    assert everything(empty)["sessions"] == everything(database)["sessions"]
+
+
+def test_a_restore_waits_for_locks_no_longer_than_it_is_told(
+    made: Path, target: Callable[[], Database], server: servers.Server
+) -> None:
+    empty = target()
+    empty.owner().apply_schema()
+    reader = server._connect(empty.name)
+    try:
+        cursor = reader.cursor()
+        cursor.execute("BEGIN")
+        cursor.execute("SELECT session_id FROM sessions")
+        assert cursor.fetchall() == []
+        begun = time.monotonic()
+        with pytest.raises(StoreRefused, match=r"(?i)lock (wait )?timeout"):
+            restore(make_store(empty.owner_url, lock_timeout=1), made)
+        assert time.monotonic() - begun < 20
+        assert everything(empty)["sessions"] == []
+    finally:
+        reader.close()
 
 
 def test_another_version_of_the_schema_names_who_restores_it(
