@@ -1081,7 +1081,8 @@ SELECT_SERVER = "SELECT VERSION(), @@max_allowed_packet, DATABASE()"
 
 # READ COMMITTED, since a reader that never commits would never see a new row, and since the locks
 # of REPEATABLE READ reach between the rows. Chains of sessions may be longer than 1,000. Sizes of
-# tables are asked for seldom, and then a day-old answer is worth nothing.
+# tables are asked for seldom, and then a day-old answer is worth nothing. A client that stands
+# still loses its locks after a while; as the server has it without settings, after eight hours.
 SET_SESSION = """
 SET SESSION
     transaction_isolation = 'READ-COMMITTED',
@@ -1089,10 +1090,15 @@ SET SESSION
     time_zone = '+00:00',
     cte_max_recursion_depth = 4294967295,
     information_schema_stats_expiry = 0,
+    wait_timeout = CAST(LEAST(@@wait_timeout, {idle_seconds}) AS UNSIGNED),
     innodb_lock_wait_timeout = {lock_seconds},
     lock_wait_timeout = {lock_seconds},
     max_execution_time = {statement_ms}
 """
+
+# Of a connection, in a transaction or not: MySQL knows no difference. The pool asks those that were
+# idle for seconds whether they live, and makes another for one that was ended: 40 ms with TLS.
+IDLE_SECONDS = 300
 
 # --- Partitions -----------------------------------------------------------------------------------
 
@@ -1827,6 +1833,7 @@ class MySQLStore(BaseStore):
             connection.set_charset_collation("utf8mb4", "utf8mb4_0900_bin")
             connection.cmd_query(
                 SET_SESSION.format(
+                    idle_seconds=max(IDLE_SECONDS, round(self._statement_timeout)),
                     lock_seconds=max(1, round(self._lock_timeout)),
                     statement_ms=base.milliseconds(self._statement_timeout),
                 ).encode()

@@ -19,6 +19,7 @@ from contextuate_persist import (
     SchemaError,
     StoreRefused,
     StoreUnavailable,
+    mysql_store,
     open_store,
 )
 from contextuate_persist.base import BaseStore
@@ -288,6 +289,25 @@ def test_a_lock_held_by_another_ends_the_wait_and_the_store_goes_on(database: Da
         got = store.get_session("s")
         assert got is not None
         assert got.label == "mine"
+
+
+def test_a_client_that_stands_still_in_a_transaction_loses_its_locks(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mysql_store, "IDLE_SECONDS", 1)
+    with make_store(database.url) as other, make_store(database.url, statement_timeout=1) as still:
+        other.save_session(session("s"))
+        gone: list[str] = []
+
+        def stand_still(connection: object) -> None:
+            still._lock_sessions(connection, ["s"])
+            other.delete_session("s")
+            gone.append("s")
+
+        with pytest.raises(StoreUnavailable):
+            still._run(stand_still, transaction=True)
+        assert gone == ["s"]
+        assert still.get_session("s") is None
 
 
 def test_a_locked_schema_ends_the_wait_of_init(database: Database, backend: str) -> None:
