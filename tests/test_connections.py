@@ -22,10 +22,10 @@ from contextuate_persist import (
     mysql_store,
     open_store,
 )
-from contextuate_persist.base import BaseStore
+from contextuate_persist.base import BaseStore, Fault
 from contextuate_persist.config import is_local
 from contextuate_persist.postgresql_store import PostgreSQLStore
-from tests.builders import T0, event, session
+from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store
 from tests.proxy import Proxy
 
@@ -264,6 +264,52 @@ def test_an_exhausted_pool_waits_then_says_so(database: Database) -> None:
         time.sleep(0.05)
         store.get_events("s")  # waited for the free connection
         holder.join(20)
+
+
+STRANGERS = [b"PREPARE _pg3_%d AS SELECT 1" % n for n in range(100)]
+
+
+@pytest.mark.only("postgresql")
+@pytest.mark.parametrize("statements", [[b"DEALLOCATE ALL"], STRANGERS], ids=["lost", "strangers"])
+def test_a_pooler_that_mixes_up_prepared_statements_costs_one_more_try(
+    database: Database, statements: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PgBouncer gives each transaction a connection that may have served others before."""
+    with make_store(database.url, pool_size=1) as store:
+        store.save_event(event("s", T0))
+        if statements is not STRANGERS:
+            for _ in range(7):
+                store.get_events("s")
+        with store._connection(False) as connection:
+            for statement in statements:
+                connection.pgconn.exec_(statement)
+        faults: list[Fault | None] = []
+        fault_of = store._fault
+        monkeypatch.setattr(
+            store, "_fault", lambda error: faults.append(fault_of(error)) or faults[-1]
+        )
+        for _ in range(7):
+            assert len(store.get_events("s")) == 1
+        assert set(faults) == {Fault.STALE}
+
+
+@pytest.mark.only("postgresql")
+def test_without_prepared_statements_the_server_keeps_none(database: Database) -> None:
+    with make_store(database.url, pool_size=1, prepare_threshold=None) as store:
+        for n in range(7):
+            store.save_session(session(f"s{n}", parent_session_id="p"))
+            assert store.save_event(event(f"s{n}", T0)) is True
+            assert store.save_events(event(f"s{n}", T0 + i) for i in range(60)) == 60
+            assert store.save_usage(f"s{n}", [usage(f"m{n}")]) == 1
+            store.update_session(f"s{n}", label="x")
+            assert len(store.get_events(f"s{n}")) == 61
+            assert len(store.find_events(tool_name="Bash", session_id=f"s{n}")) == 61
+            assert len(store.get_sessions()) == 1
+            assert len(store.session_tree()) == 1
+            store.delete_session(f"s{n}")
+        with store._connection(False) as connection:
+            kept = connection.execute("SELECT statement FROM pg_prepared_statements").fetchall()
+            assert kept == []
 
 
 def test_a_lock_held_by_another_ends_the_wait_and_the_store_goes_on(database: Database) -> None:
