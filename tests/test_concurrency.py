@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent import futures
 from functools import partial
@@ -19,6 +20,7 @@ from tests.conftest import Database, make_store
 BOTH_LAYOUTS = "events|delet|late"
 
 THREADS = 16
+DAY = 86_400_000
 
 
 def run(works: list[Callable[[], None]]) -> None:
@@ -217,6 +219,69 @@ def start(work: Callable[[], Any]) -> Callable[[], Any]:
     with pytest.raises(futures.TimeoutError):
         future.result(0.3)
     return partial(future.result, 60)
+
+
+def test_a_deletion_that_waits_for_a_batch_counts_its_events(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event from a clock that is ahead is no newer than the deletion that it goes with."""
+    ahead = event("s", time.time_ns() // 1_000_000 + DAY // 2)
+    store.save_session(session("s"))
+    insert = store._insert_events
+    waiting: list[Callable[[], Any]] = []
+
+    def inserted(*arguments: Any, **named: Any) -> int:
+        count = insert(*arguments, **named)
+        waiting.append(start(lambda: store.delete_session("s")))
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_insert_events", inserted)
+        assert store.save_events([ahead]) == 1
+    waiting[0]()
+    assert store.save_event(ahead) is False
+    assert store.get_session("s") is None
+
+
+@pytest.mark.parametrize("how", ["delete", "lock", "hold", "kin"])
+def test_sessions_are_locked_in_the_order_of_their_ids(
+    store: BaseStore, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server finds them as b, m, a; another has m, and one who comes last wants a and b."""
+    names = ["b", "m", "a"]
+    store.save_sessions(map(session, names))
+    for name in names:
+        store.update_session(name, manual_parent_session_id=None if name == "m" else "m")
+    works: dict[str, Callable[[Any], Any]] = {
+        "delete": lambda connection: store._delete_session(connection, "m"),
+        "lock": lambda connection: store._lock_sessions(connection, names),
+        "hold": lambda connection: store._hold_sessions(connection, names),
+        "kin": lambda connection: store._lock_kin(connection, names),
+    }
+    faults: list[Exception] = []
+    fault_of = store._fault
+
+    def noted(error: Exception) -> Fault | None:
+        faults.append(error)
+        return fault_of(error)
+
+    monkeypatch.setattr(store, "_fault", noted)
+    with store._connection(True) as connection:
+        store._lock_sessions(connection, ["m"])
+        locking = start(lambda: store._run(works[how], transaction=True))
+        storing = start(lambda: store.save_events([event("a"), event("b")]))
+    locking()
+    assert storing() == 2
+    assert faults == []
+
+
+@pytest.mark.only("postgresql")
+def test_a_session_that_is_held_takes_single_events_meanwhile(database: Database) -> None:
+    with make_store(database.url, lock_timeout=1) as store:
+        store.save_session(session("s"))
+        with store._connection(True) as connection:
+            store._hold_sessions(connection, ["s"])
+            assert store.save_event(event("s")) is True
 
 
 @pytest.mark.parametrize("parent", [None, "p"])
