@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contextuate_persist import Cursor, SchemaError, schema
+from contextuate_persist import Cursor, SchemaError, StoreUnavailable, schema
 from contextuate_persist.base import BaseStore
 from tests.builders import T0, event
 from tests.conftest import Database, make_store, new_database
@@ -412,6 +413,26 @@ def test_pending_migrations_are_applied_in_order_and_recorded(
     (files / "0002_add_notes.sql").write_text("-- transactional: yes\nSELECT 1;")
     with pytest.raises(SchemaError, match="migration 0002 was applied from another file"):
         empty_database.owner().upgrade_schema()
+
+
+def test_a_migration_that_waits_for_a_lock_gives_up_and_lets_writers_on(
+    files: Path, empty_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes after an ALTER TABLE that waits has to wait behind it."""
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 1)
+    empty_database.owner().apply_schema()
+    write(files, "0002_waits.sql", True, "ALTER TABLE sessions ADD COLUMN later INTEGER;")
+    upgrading = make_store(empty_database.owner_url, lock_timeout=1)
+    with make_store(empty_database.url) as store, ThreadPoolExecutor(1) as threads:
+        monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
+        with store._connection(True) as connection:
+            assert store._select_session_ids(connection) == []
+            upgrade = threads.submit(upgrading.upgrade_schema)
+            with pytest.raises(StoreUnavailable, match="(?i)lock"):
+                upgrade.result(15)
+            assert store.save_event(event()) is True
+    assert [v[0] for v in versions(empty_database)] == [1]
+    assert [done.name for done in upgrading.upgrade_schema()] == ["waits"]
 
 
 def test_a_failed_migration_is_not_recorded_and_says_why(
