@@ -709,13 +709,18 @@ def find_mysql() -> Iterator[MySQLInstallation]:
             yield MySQLInstallation((server,), (), version[1], "PATH")
     # The number rises when more of the packages is kept than an older cache has.
     root = cache_directory() / f"mysql-2-{platform.machine()}"
+    _once(root, _download_mysql)
+    yield _unpacked_mysql(root)
+
+
+def _once(root: Path, download: Callable[[Path], None]) -> None:
+    """Have a directory of the cache made, unless it is there."""
     if not root.is_dir():
-        with _cache_lock("mysql") as cache:
+        with _cache_lock(root.name.partition("-")[0]) as cache:
             if not root.is_dir():
                 for stale in cache.glob(f"{root.name}.tmp*"):
                     shutil.rmtree(stale, ignore_errors=True)
-                _download_mysql(root)
-    yield _unpacked_mysql(root)
+                download(root)
 
 
 def _ready_mysql(installations: Iterable[MySQLInstallation]) -> tuple[MySQLInstallation, Path]:
@@ -732,20 +737,19 @@ def _ready_mysql(installations: Iterable[MySQLInstallation]) -> tuple[MySQLInsta
     raise ServerUnavailable("; ".join(problems))
 
 
-def _unpacked_mysql(root: Path) -> MySQLInstallation:
-    # The libraries are newer than the system's, so the server runs with its own loader.
+def _with_loader(root: Path, program: str) -> tuple[str, ...]:
+    """How to run an unpacked program: its libraries are newer than the system's."""
     loaders = sorted(root.glob("usr/lib/*/ld-linux*.so*"))
     if not loaders:
         raise ServerUnavailable(f"{root} has no loader: remove it to download again")
     loader = loaders[0]
+    return (str(loader), "--library-path", str(loader.parent), str(root / program))
+
+
+def _unpacked_mysql(root: Path) -> MySQLInstallation:
     share = root / "usr/share/mysql"
     return MySQLInstallation(
-        command=(
-            str(loader),
-            "--library-path",
-            str(loader.parent),
-            str(root / "usr/sbin/mysqld"),
-        ),
+        command=_with_loader(root, "usr/sbin/mysqld"),
         options=(
             f"--basedir={root / 'usr'}",
             f"--lc-messages-dir={share}",
@@ -798,9 +802,20 @@ def _debian_mirror() -> str:
 
 
 def _download_mysql(root: Path) -> None:
-    """Unpack Debian sid's MySQL with the libraries it needs into `root`; no root rights needed."""
+    with _downloaded(root, "MySQL", ["mysql-server-core", "mysql-client-core"]) as work:
+        _trim_mysql(work / "root")
+        version = next((work / "archives").glob("mysql-server-core_*")).name.split("_")[1]
+        (work / "root/VERSION").write_text(re.sub(r"^\d+%3a|-[^-]*$", "", version) + "\n")
+
+
+@contextlib.contextmanager
+def _downloaded(root: Path, name: str, packages: Sequence[str]) -> Iterator[Path]:
+    """Unpack packages of Debian sid with the libraries they need; no root rights needed.
+
+    Gives a directory whose `root` is what becomes `root` in the end.
+    """
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise ServerUnavailable("no apt-get and dpkg to download MySQL with")
+        raise ServerUnavailable(f"no apt-get and dpkg to download {name} with")
     if not KEYRING.is_file():
         raise ServerUnavailable(f"{KEYRING} is missing: install debian-archive-keyring")
     work = root.with_name(f"{root.name}.tmp{os.getpid()}")
@@ -815,7 +830,7 @@ def _download_mysql(root: Path) -> None:
         )
         for attempt in (1, 2):
             try:
-                _apt_download(work)
+                _apt_download(work, f"downloading {name} with apt-get", packages)
                 break
             except ServerUnavailable:
                 if attempt == 2:
@@ -823,18 +838,15 @@ def _download_mysql(root: Path) -> None:
                 time.sleep(2)
         for package in sorted((work / "archives").glob("*.deb")):
             _run(["dpkg", "-x", package, work / "root"], f"unpacking {package.name}")
-        _trim_mysql(work / "root")
-        version = next((work / "archives").glob("mysql-server-core_*")).name.split("_")[1]
-        (work / "root/VERSION").write_text(re.sub(r"^\d+%3a|-[^-]*$", "", version) + "\n")
+        yield work
         (work / "root").rename(root)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _apt_download(work: Path) -> None:
+def _apt_download(work: Path, what: str, packages: Sequence[str]) -> None:
     apt = ["apt-get", "-q", "-c", str(work / "apt.conf")]
     environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
-    what = "downloading MySQL with apt-get"
     # Without Error-Mode an update that fetched nothing ends with status 0 and a warning.
     _run(
         [*apt, "-o", "APT::Update::Error-Mode=any", "update"],
@@ -842,7 +854,6 @@ def _apt_download(work: Path) -> None:
         DOWNLOAD_SECONDS / 2,
         env=environment,
     )
-    packages = ["mysql-server-core", "mysql-client-core"]
     _run(
         [*apt, "-y", "--no-install-recommends", "--download-only", "install", *packages],
         what,
@@ -1072,6 +1083,82 @@ def postgresql_server(
         disk=home / disk if disk else None,
         tls=tls,
     )
+
+
+# ------------------------------------------------------------------- PgBouncer
+
+PGBOUNCER_SETTINGS = """\
+[databases]
+* = host={host} port={server_port}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = scram-sha-256
+auth_file = {home}/users
+pool_mode = transaction
+default_pool_size = {size}
+"""
+
+
+def pgbouncer(server: Server, logins: Mapping[str, str], size: int) -> Server:
+    """A PgBouncer before a PostgreSQL, in transaction mode, with `size` connections per account.
+
+    Seen from outside it is the server, on another port. `logins` are passwords by account.
+    """
+    command = _find_pgbouncer()
+    account = Account.choose(Path(os.devnull))
+    home = _directory(None)
+    place = urlsplit(server.admin_url)
+    known = {**logins, server.admin_user: server.admin_password}
+
+    def argv(pooler: Server) -> list[str]:
+        settings = PGBOUNCER_SETTINGS.format(
+            host=place.hostname, server_port=place.port, port=pooler.port, home=home, size=size
+        )
+        (home / "pgbouncer.ini").write_text(settings)
+        (home / "pgbouncer.ini").chmod(0o644)
+        # It refuses to be root; it has loaded its libraries, which only root may reach, by then.
+        switch = ["--user", account.name] if account.switch else []
+        return [*command, *switch, str(home / "pgbouncer.ini")]
+
+    def prepare(_: Server) -> None:
+        users = home / "users"
+        users.write_text("".join(f'"{name}" "{word}"\n' for name, word in known.items()))
+        users.chmod(0o600)
+        if account.switch:
+            for path in (home, users):
+                os.chown(path, account.uid, account.gid)
+
+    return Server(
+        kind="postgresql",
+        directory=home,
+        port=_free_port(),
+        admin_user=server.admin_user,
+        admin_password=server.admin_password,
+        socket_path=None,
+        argv=argv,
+        prepare=prepare,
+    )
+
+
+def _find_pgbouncer() -> Sequence[str]:
+    found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if found is not None:
+        return [found]
+    root = cache_directory() / f"pgbouncer-1-{platform.machine()}"
+    _once(root, _download_pgbouncer)
+    return _with_loader(root, "usr/sbin/pgbouncer")
+
+
+def _download_pgbouncer(root: Path) -> None:
+    with _downloaded(root, "PgBouncer", ["pgbouncer"]) as work:
+        for path in (work / "root").iterdir():
+            if path.name != "usr" and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+        for path in (work / "root/usr").iterdir():
+            if path.name not in ("lib", "sbin"):
+                shutil.rmtree(path)
 
 
 # ------------------------------------------------------------------- Docker, the last resort

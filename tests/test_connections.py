@@ -25,6 +25,7 @@ from contextuate_persist import (
 from contextuate_persist.base import BaseStore, Fault
 from contextuate_persist.config import is_local
 from contextuate_persist.postgresql_store import PostgreSQLStore
+from tests import servers
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store
 from tests.proxy import Proxy
@@ -291,6 +292,44 @@ def test_a_pooler_that_mixes_up_prepared_statements_costs_one_more_try(
         for _ in range(7):
             assert len(store.get_events("s")) == 1
         assert set(faults) == {Fault.STALE}
+
+
+@pytest.mark.only("postgresql")
+def test_many_threads_share_the_few_connections_of_a_pooler(database: Database) -> None:
+    """Of PgBouncer, in transaction mode: each transaction comes to another connection."""
+    events = [event(f"s{n % 9}", T0 + n) for n in range(100)]
+    new: list[int] = []
+    errors: list[BaseException] = []
+
+    def work(store: BaseStore, own: str) -> None:
+        try:
+            for n in range(0, len(events), 20):
+                new.append(store.save_event(events[n]))
+                new.append(store.save_events(events[n : n + 20]))
+                store.save_session(session(own, label=f"{n}"))
+                store.save_usage(own, [usage(f"{own}-{n}")])
+                store.update_session(own, model="m")
+                found = store.get_session(own)
+                assert found is not None
+                assert (found.label, found.model) == (f"{n}", "m")
+            store.delete_session(own)
+        except BaseException as error:
+            errors.append(error)
+
+    logins = {database.user: database.password}
+    with servers.pgbouncer(database.server, logins, size=3) as pooler:
+        url = pooler.url(database.name, database.user, database.password)
+        with make_store(url, prepare_threshold=None, pool_size=16) as store:
+            threads = [threading.Thread(target=work, args=(store, f"own{n}")) for n in range(16)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert errors == []
+            assert sum(new) == len(events)
+            assert {one.id for one in store.iter_events()} == {one.id for one in events}
+            assert len(store.get_sessions()) == 9
+            assert database.execute("SELECT count(*) FROM token_ledger") == [(0,)]
 
 
 @pytest.mark.only("postgresql")
