@@ -577,13 +577,13 @@ def test_a_type_added_to_the_enum_is_found_under_its_old_and_new_rows(
     empty_database: Database, backend: str
 ) -> None:
     empty_database.owner().apply_schema()
+    both = [event("s", T0 + n, event_type="quantum_leap") for n in range(80)]
     with make_store(empty_database.url) as store:
-        before = event("s", T0, event_type="quantum_leap")
-        store.save_event(before)
+        store.save_events(both[::2])
         empty_database.execute("ALTER TYPE monitor_event_type ADD VALUE 'quantum_leap'")
         with make_store(empty_database.url) as newer:
-            after = event("s", T0 + 1, event_type="quantum_leap")
-            newer.save_event(after)
-            assert newer.find_events(event_type="quantum_leap") == [after, before]
-            assert newer.event_counts() == {"quantum_leap": 2}
-        assert store.find_events(event_type="quantum_leap") == [after, before]
+            newer.save_events(both[1::2])
+            assert newer.find_events(event_type="quantum_leap") == both[::-1]
+            assert newer.event_counts() == {"quantum_leap": 80}
+        assert store.find_events(event_type="quantum_leap", limit=30) == both[:-31:-1]
+        assert list(store.iter_events(event_type="quantum_leap")) == both

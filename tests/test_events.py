@@ -358,6 +358,17 @@ def test_contains_looks_past_the_first_page_until_the_limit(store: BaseStore) ->
     assert got == odd[:3]
 
 
+def test_contains_keeps_to_the_limit_and_loses_nothing_where_exact_payloads_alternate(
+    store: BaseStore,
+) -> None:
+    data: list[dict[str, Any]] = [{"n": 1}, {"n": 1, "big": 2**70}]
+    events = [event("s", T0 + i, data=data[i % 2]) for i in range(200)]
+    store.save_events(events)
+    part = {"n": 1}
+    assert store.find_events(session_id="s", contains=part, limit=90) == events[:-91:-1]
+    assert list(store.iter_events(session_id="s", contains=part)) == events
+
+
 def test_contains_needs_a_bound_beside_it(store: BaseStore) -> None:
     with pytest.raises(InvalidRecord, match="^contains: give one of"):
         store.find_events(contains={"a": 1})
