@@ -17,7 +17,7 @@ from contextuate_persist import (
     TokenUsage,
 )
 from contextuate_persist.base import BaseStore
-from contextuate_persist.model import MAX_TOKENS
+from contextuate_persist.model import MAX_TOKENS, USAGE_COUNTS
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store
 from tests.test_concurrency import run
@@ -67,6 +67,19 @@ def test_a_larger_reading_replaces_a_smaller_one_count_by_count(store: BaseStore
     assert totals(store, "s") == (5, 7, 0, 9)
     assert store.save_usage("s", [reading("m", 1, 1, 0, 1)]) == 0
     assert totals(store, "s") == (5, 7, 0, 9)
+
+
+@pytest.mark.parametrize("name", USAGE_COUNTS)
+def test_a_reading_that_is_larger_in_one_count_alone_raises_that_alone(
+    store: BaseStore, name: str
+) -> None:
+    counts = {"input_tokens": 5, "output_tokens": 1, "cache_read": 3, "cache_creation": 9}
+    store.save_session(session("s"))
+    store.save_usage("s", [usage("m", **counts)])
+    assert store.save_usage("s", [usage("m", **{**dict.fromkeys(counts, 0), name: 10})]) == 1
+    assert totals(store, "s") == tuple({**counts, name: 10}.values())
+    assert store.save_usage("s", [usage("m", 0)]) == 0
+    assert totals(store, "s") == tuple({**counts, name: 10}.values())
 
 
 def test_lines_of_one_message_in_one_call_count_with_the_largest(store: BaseStore) -> None:
@@ -151,10 +164,13 @@ def test_what_is_invalid_is_named_and_nothing_is_stored(store: BaseStore) -> Non
         store.save_usage("", [])
 
 
-def test_totals_end_where_a_session_could_not_be_saved_any_more(store: BaseStore) -> None:
+@pytest.mark.parametrize("name", USAGE_COUNTS)
+def test_totals_end_where_a_session_could_not_be_saved_any_more(
+    store: BaseStore, name: str
+) -> None:
     store.save_session(session("s"))
-    store.save_usage("s", [usage(f"m{i}", MAX_TOKENS) for i in range(1500)])
-    assert totals(store, "s")[1] == MAX_TOKENS
+    store.save_usage("s", [reading(f"m{i}", **{name: MAX_TOKENS}) for i in range(1500)])
+    assert totals(store, "s")[USAGE_COUNTS.index(name)] == MAX_TOKENS
     found = store.get_session("s")
     assert found is not None
     assert store.save_session(found)
