@@ -344,6 +344,34 @@ def test_many_sessions_and_events_go_in_small_transactions(
     assert everything(store) == neighbours
 
 
+def test_events_of_sessions_that_stay_are_changed_some_at_a_time(
+    store: BaseStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_DELETE_EVENTS", 10)
+    store.save_sessions([session("s"), session("stays")])
+    slices: dict[str, list[int]] = {"_unname_parents": [], "_select_heads": []}
+
+    def count(name: str) -> None:
+        do = getattr(store, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            done = do(*arguments, **options)
+            slices[name].append(done if isinstance(done, int) else len(done))
+            return done
+
+        monkeypatch.setattr(store, name, counted)
+
+    for name in slices:
+        count(name)
+    store.save_events(event("stays", T0 + n, parent_session_id="s") for n in range(25))
+    store.forget(session_id="s")
+    assert [one.parent_session_id for one in store.get_events("stays")] == [None] * 25
+    assert slices == {"_unname_parents": [10, 10, 5], "_select_heads": []}
+    database.execute("UPDATE events SET machine_id = 'm'")
+    assert store.forget(machine_id="m").events == 25
+    assert slices["_select_heads"] == [10, 10, 5]
+
+
 @pytest.mark.parametrize("kind", ["session_id", "machine_id", "working_directory"])
 def test_what_an_interrupted_call_has_left_the_next_one_finds(
     store: BaseStore,
