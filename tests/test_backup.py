@@ -53,6 +53,8 @@ from tests.authority import ELSEWHERE, Authority
 from tests.builders import T0, event, session, usage
 from tests.conftest import Database, make_store, new_database
 
+BOTH_LAYOUTS = "any_column"
+
 PAYLOADS: list[dict[str, Any]] = [
     {},
     {"nul": "a\0b", "lone": "\ud800", "big": 10**40, "float": 1e22, "minus": -0.0},
@@ -95,20 +97,22 @@ def filled(database: Database, store: BaseStore) -> BaseStore:
     return store
 
 
+def columns_of(database: Database, table: str) -> dict[str, str]:
+    """The type of each column; the one that is left out follows from two others."""
+    place = "current_schema()" if database.backend == "postgresql" else "DATABASE()"
+    rows = database.execute(
+        "SELECT column_name, CAST(data_type AS CHAR(40)) FROM information_schema.columns "
+        f"WHERE table_name = '{table}' AND table_schema = {place}"
+    )
+    return {name: kind.strip() for name, kind in sorted(rows) if name != "effective_parent_id"}
+
+
 def everything(database: Database) -> dict[str, list[Any]]:
-    """All rows of all tables, each column but the derived ones."""
-    hidden = {"effective_parent_id"}
+    """All rows of all tables."""
     found = {}
     for table in ("sessions", "events", "token_ledger", "deleted_sessions", "schema_version"):
-        rows = database.execute(
-            "SELECT column_name FROM information_schema.columns "
-            f"WHERE table_name = '{table}' AND table_schema = "
-            + ("current_schema()" if database.backend == "postgresql" else "DATABASE()")
-        )
-        names = sorted({row[0] for row in rows} - hidden)
-        found[table] = sorted(
-            map(repr, database.execute(f"SELECT {', '.join(names)} FROM {table}"))
-        )
+        names = ", ".join(columns_of(database, table))
+        found[table] = sorted(map(repr, database.execute(f"SELECT {names} FROM {table}")))
     return found
 
 
@@ -427,6 +431,132 @@ def test_a_server_waits_for_the_reader_of_the_sums(
         next(sums)
         time.sleep(1.5)
         assert sum(1 for _ in sums) == 80 * 80 - 1
+
+
+# --- Sums -----------------------------------------------------------------------------------------
+
+#: Another value of a column, by its type.
+OTHER_VALUES = {
+    "postgresql": {
+        "bigint": "COALESCE({0}, 0) + 1",
+        "boolean": "NOT {0}",
+        "bytea": "COALESCE({0}, '') || 'x'",
+        "character varying": "COALESCE({0}, '') || 'x'",
+        "jsonb": "COALESCE({0}, '{{}}') || '{{\"x\": 1}}'",
+        "text": "COALESCE({0}, '') || 'x'",
+        "timestamp with time zone": "{0} + interval '1 microsecond'",
+        "USER-DEFINED": "enum_first({0})",
+        "uuid": "md5({0}::text)::uuid",
+    },
+    "mysql": {
+        "bigint": "COALESCE({0}, 0) + 1",
+        "binary": "UNHEX(LEFT(SHA2({0}, 256), 32))",
+        "json": "JSON_MERGE_PRESERVE(COALESCE({0}, JSON_OBJECT()), JSON_OBJECT('x', 1))",
+        "longblob": "CONCAT(COALESCE({0}, ''), 'x')",
+        "text": "CONCAT(COALESCE({0}, ''), 'x')",
+        "timestamp": "{0} + INTERVAL 1000 MICROSECOND",
+        "tinyint": "1 - {0}",
+        "varchar": "CONCAT(COALESCE({0}, ''), 'x')",
+    },
+}
+
+
+#: Of columns that take some values only.
+OTHER_VALUE = {
+    "sessions.known_from": "'event'",
+    "sessions.parent_session_id": "'other'",
+    "sessions.status": "'active'",
+    "events.session_id": "'other'",
+    "token_ledger.session_id": "'other'",
+}
+
+
+def change(database: Database, columns: dict[str, str], where: str) -> None:
+    """Give columns, a type for each, another value, and no other column with them."""
+    postgresql = database.backend == "postgresql"
+    # Or a trigger sets updated_at.
+    statements = ["SET session_replication_role = replica"] if postgresql else []
+    for name, kind in columns.items():
+        table, _, column = name.partition(".")
+        value = OTHER_VALUES[database.backend][kind].format(column)
+        if name == "events.seq" and postgresql and database.layout == "plain":
+            value = "DEFAULT"  # GENERATED ALWAYS
+        kept = ", updated_at = updated_at" if table == "sessions" and column != "updated_at" else ""
+        statements.append(
+            f"UPDATE {table} SET {column} = {OTHER_VALUE.get(name, value)}{kept} "
+            + where.format(name)
+        )
+    database.server.execute_all(statements, database.name)
+
+
+def test_a_change_of_any_column_is_in_the_sums_of_its_session(
+    database: Database, store: BaseStore
+) -> None:
+    """A session for each column, so that each changes in its own.
+
+    The row of schema_version has no sum: it comes with the structure, or was there before.
+    """
+    columns = {
+        f"{table}.{column}": kind
+        for table in ("sessions", "events", "token_ledger")
+        for column, kind in columns_of(database, table).items()
+    }
+    store.save_sessions(
+        session(name, end_time=T0, status="completed") for name in (*columns, "other")
+    )
+    for name in columns.keys() - {"sessions.session_id"}:  # rows that refer to it keep it
+        store.save_event(event(name, event_type="other", hook_type="other"))
+        store.save_usage(name, [usage(name)])
+
+    def sums() -> dict[str, dumps.Sums]:
+        with store.snapshot() as snapshot:
+            return {one.session_id: one for one in snapshot.sums()}
+
+    before = sums()
+    assert sums() == before
+    change(database, columns, "WHERE session_id = '{}'")
+    after = sums()
+    assert [name for name in columns if after.get(name) == before[name]] == []
+
+
+def test_a_change_of_any_column_is_in_the_sums_of_deletions_and_ids(
+    database: Database, store: BaseStore
+) -> None:
+    store.save_events([event("s"), event("gone")])
+    store.delete_session("gone")
+
+    def total(name: str) -> int:
+        with store.snapshot() as snapshot:
+            found: int = getattr(snapshot.contents(), name)
+            return found
+
+    for table, name in (("deleted_sessions", "deletions_sum"), ("event_ids", "ids_sum")):
+        columns = columns_of(database, table)
+        assert columns or database.layout == "plain"
+        for column, kind in columns.items():
+            before = total(name)
+            change(database, {f"{table}.{column}": kind}, "")
+            assert total(name) != before, column
+
+
+def test_what_is_loaded_is_compared_with_the_sums(
+    filled: BaseStore,
+    target: Callable[[], Database],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backup(filled, tmp_path / "b")
+    empty = target()
+    compare = backup_module._compare
+
+    def change_then_compare(*arguments: Any) -> None:
+        empty.execute("UPDATE events SET tool_name = 'x' WHERE session_id = 'kid'")
+        empty.execute("UPDATE deleted_sessions SET deleted_at = deleted_at + 1")
+        compare(*arguments)
+
+    monkeypatch.setattr(backup_module, "_compare", change_then_compare)
+    with pytest.raises(DamagedFile, match="from the backup: another deletions_sum; session kid; "):
+        restore(empty.owner(), tmp_path / "b")
 
 
 # --- Files ----------------------------------------------------------------------------------------
