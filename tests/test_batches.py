@@ -137,10 +137,21 @@ def test_a_batch_of_several_transactions_stores_nothing_if_its_last_event_is_bad
     assert stored(store) == []
 
 
-def test_a_batch_with_more_bytes_than_a_transaction_should_have_is_cut(store: BaseStore) -> None:
+def test_a_batch_with_more_bytes_than_a_transaction_should_have_is_cut(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert, sizes = store._insert_events, []
+
+    def counted(*arguments: Any, **options: Any) -> int:
+        sizes.append(insert(*arguments, **options))
+        return sizes[-1]
+
+    monkeypatch.setattr(store, "_insert_events", counted)
     store._chunk_bytes = 100_000
     events = many("s", 60, data={"text": "x" * 5_000})
     assert store.save_events(events) == 60
+    assert sum(sizes) == 60
+    assert 15 < max(sizes) < 20
     assert [one.id for one in store.get_events("s")] == [one.id for one in events]
 
 

@@ -94,9 +94,19 @@ def test_a_redelivered_batch_adds_only_what_is_new(store: BaseStore) -> None:
     assert sum(store.event_counts().values()) == 150
 
 
-def test_many_events_are_stored_in_several_transactions(store: BaseStore) -> None:
+def test_many_events_are_stored_in_several_transactions(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert, sizes = store._insert_events, []
+
+    def counted(connection: object, rows: list[Any], undelete: bool) -> int:
+        sizes.append(len(rows))
+        return insert(connection, rows, undelete)
+
+    monkeypatch.setattr(store, "_insert_events", counted)
     events = [event(f"s{i % 3}", T0 + i) for i in range(2_500)]
     assert store.save_events(events) == 2_500
+    assert sizes == [1_000, 1_000, 500]
     assert [e.id for e in store.iter_events()] == [e.id for e in events]
 
 

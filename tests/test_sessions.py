@@ -919,13 +919,22 @@ def test_a_tree_is_pruned_only_as_a_whole(store: BaseStore) -> None:
     assert store.prune_old_sessions(cut) == 3
 
 
-def test_pruning_works_in_batches(store: BaseStore) -> None:
+def test_pruning_works_in_batches(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    delete, sizes = store._delete_prunable, []
+
+    def counted(connection: object, ids: list[str], due: Any) -> int:
+        sizes.append(len(ids))
+        return delete(connection, ids, due)
+
+    monkeypatch.setattr(store, "_delete_prunable", counted)
     store.save_sessions(session(f"s{i}", end_time=T0, status="error") for i in range(650))
     store.save_sessions(
         session(f"c{i}", parent_session_id="s1", end_time=T0, status="error") for i in range(300)
     )
     assert store.prune_old_sessions(T0 + 1) == 950
     assert store.get_sessions() == []
+    assert sum(sizes) == 950
+    assert max(sizes) < 200 + 301, "a tree is not cut"
 
 
 @pytest.mark.parametrize(
