@@ -677,12 +677,7 @@ def test_senseless_partitions_are_refused(plain: Database, bad: dict[str, Any]) 
         plain.owner().partition_events(**bad)
 
 
-def test_the_old_table_goes_only_when_nothing_is_in_it_alone(partitioned: Database) -> None:
-    owner = partitioned.owner()
-    assert owner.discard_unpartitioned() is False
-
-
-def test_the_old_table_stays_while_it_alone_has_an_event(plain: Database) -> None:
+def test_the_old_table_goes_only_when_nothing_is_in_it_alone(plain: Database) -> None:
     with make_store(plain.url) as store:
         store.save_events([event("s", RECENT + n) for n in range(3)])
     with pytest.raises(ConfigurationError, match="not partitioned: run"):
