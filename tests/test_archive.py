@@ -946,17 +946,19 @@ def test_an_import_that_was_killed_before_it_counted_is_completed_by_the_next(
 # --- Killed ---------------------------------------------------------------------------------------
 
 
-def archive_killed_after(url: str, directory: Path, seconds: float) -> None:
+def archive_killed(url: str, directory: Path, seconds: float) -> bool:
+    """Kill an archiving so long after it began to write; whether it still ran."""
+    before = {*directory.glob("*.gz*")}
     running = subprocess.Popen(
         [sys.executable, "-m", "contextuate_persist", "archive", "--to", str(directory)],
         env={**os.environ, ENVIRONMENT_URL: url},
         stdout=subprocess.DEVNULL,
     )
-    try:
-        running.wait(seconds)
-    except subprocess.TimeoutExpired:
-        running.send_signal(signal.SIGKILL)
-        running.wait(20)
+    while running.poll() is None and {*directory.glob("*.gz*")} <= before:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    running.kill()
+    return running.wait(20) == -signal.SIGKILL
 
 
 def kill_archives(database: Database, directory: Path, kills: int) -> None:
@@ -970,14 +972,16 @@ def kill_archives(database: Database, directory: Path, kills: int) -> None:
             store.save_events(event(root, T0 + i, data={"i": i}) for i in range(20))
             store.save_usage(root, [usage(f"m{number}", number)])
         before = content(store)
+        hits = 0
         for _ in range(kills):
-            archive_killed_after(database.url, directory, chance.uniform(0.35, 1.5))
+            hits += archive_killed(database.url, directory, chance.uniform(0, 0.1))
             there, archived = content(store), in_archives(directory)
             assert there.keys() | archived.keys() == before.keys()
             for name, was in before.items():
                 assert there.get(name, was) == was
                 assert archived.get(name, was) == was
                 assert (name in there) == (name.removesuffix(" child") in there)
+        assert hits > 0
         report = archive(store, directory, POLICY, rest=0)
         assert report.spared == 0
         assert content(store) == {}

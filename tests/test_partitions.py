@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mysql.connector
+import psycopg
 import pytest
 
 from contextuate_persist import (
@@ -366,6 +369,16 @@ def test_a_session_made_anew_while_its_events_are_copied_has_its_new_ones_only(
     assert check_whole(plain) == sorted(hexes(events[::2]))
 
 
+def wait_for_copies(database: Database, running: subprocess.Popen[bytes]) -> None:
+    """Until a conversion that runs has copied events."""
+    table = {"postgresql": "event_ids", "mysql": "event_ids_new"}[database.backend]
+    while running.poll() is None:
+        with contextlib.suppress(psycopg.Error, mysql.connector.Error):  # no such table yet
+            if database.execute(f"SELECT 1 FROM {table} LIMIT 1"):
+                return
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize(
     ("count", "kills", "longest"),
     # The shorter one is through after some kills: those of its last step are among them.
@@ -380,11 +393,14 @@ def test_a_conversion_that_is_killed_at_any_moment_goes_on_when_run_again(
     with make_store(plain.url) as store:
         store.save_events(before)
         with Writers(plain, 2) as writers:
-            for _ in range(kills):
+            for number in range(kills):
                 running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-                time.sleep(chance.uniform(0.4, longest))
+                if number:
+                    time.sleep(chance.uniform(0.4, longest))
+                else:
+                    wait_for_copies(plain, running)
                 running.kill()
-                running.wait()
+                assert running.wait() == -signal.SIGKILL or number
             while plain.owner().partition_events(timeout=60).converted:
                 pass
         assert writers.failures == []

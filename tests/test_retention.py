@@ -376,16 +376,18 @@ def test_writers_go_on_while_old_sessions_go(database: Database) -> None:
 # --- Killed ---------------------------------------------------------------------------------------
 
 
-def prune_killed_after(url: str, seconds: float) -> None:
-    command = [sys.executable, "-m", "contextuate_persist", "prune"]
+def prune_killed(store: BaseStore, url: str, seconds: float) -> bool:
+    """Kill a pruning so long after its first transaction; whether it still ran."""
+    command = [sys.executable, "-m", "contextuate_persist", "prune", "--rest", "2"]
+    before = store.deletions()
     running = subprocess.Popen(
         command, env={**os.environ, ENVIRONMENT_URL: url}, stdout=subprocess.DEVNULL
     )
-    try:
-        running.wait(seconds)
-    except subprocess.TimeoutExpired:
-        running.send_signal(signal.SIGKILL)
-        running.wait(20)
+    while running.poll() is None and store.deletions() == before:
+        time.sleep(0.005)
+    time.sleep(seconds)
+    running.kill()
+    return running.wait(20) == -signal.SIGKILL
 
 
 def kill_prunes(database: Database, kills: int) -> None:
@@ -399,14 +401,16 @@ def kill_prunes(database: Database, kills: int) -> None:
             store.save_events(event(root, T0 - i) for i in range(20))
         store.save_session(session("kept"))
         store.save_event(event("kept", NOW))
+        hits = 0
         for _ in range(kills):
-            prune_killed_after(database.url, chance.uniform(0.3, 1.2))
+            hits += prune_killed(store, database.url, chance.uniform(0, 0.1))
             left, there = names(store), store.event_counts()
             while (now := names(store)) != left:  # the server goes on with the last transaction
                 left, there = now, store.event_counts()
             for number in range(trees):  # a tree is there as a whole, or not at all
                 assert (f"root{number}" in left) == (f"root{number} child" in left)
             assert sum(there.values()) == 20 * (len(left) - 1) // 2 + 1
+        assert hits > 0
         assert prune(store, RetentionPolicy(), rest=0).kept == 1
         assert names(store) == {"kept"}
 
