@@ -312,6 +312,20 @@ def test_what_is_refused_keeps_nothing_else_from_being_told(
     assert make_store(modest.url + more).survey()["transactions"] is None
 
 
+def test_an_index_that_is_never_used_is_told_to_the_owner(
+    empty_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_database.owner().apply_schema()
+    prefix = "idx_events_" if empty_database.backend == "postgresql" else "idx_"
+    answer = empty_database.owner()._examine().answers["unused"]
+    assert f"{prefix}tool_use_id" in {row[0] for row in answer or ()}
+    monkeypatch.setattr(doctor, "UNUSED_BYTES", 0)
+    monkeypatch.setattr(doctor, "UNUSED_SECONDS", 0)
+    finding = only(empty_database.owner_url, "indexes")
+    assert finding.level is Level.WARNING
+    assert "idx_" in finding.message
+
+
 @pytest.mark.only("mysql")
 def test_forgotten_xa_transactions_are_found(database: Database, backend: str) -> None:
     with_rows = database.server._connect(database.name)

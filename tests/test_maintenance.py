@@ -26,6 +26,7 @@ from contextuate_persist import (
     backup_file,
     encryption,
     maintenance,
+    mysql_store,
     postgresql_store,
     schema,
 )
@@ -297,6 +298,20 @@ def test_others_connections_are_counted_and_their_transactions_not_taken_for_non
             (transactions,) = by_check(maintain(administrator, "daily"))["transactions"]
         assert transactions.level is Level.WARNING
         assert str(other.info.backend_pid) in transactions.message
+
+
+@pytest.mark.only("mysql")
+def test_a_transaction_that_is_open_for_long_is_told_by_its_thread(
+    database: Database, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = mysql_store.SURVEY["transactions"]
+    at_once = query.replace("age > 300", "age >= 0")
+    assert at_once != query
+    monkeypatch.setitem(mysql_store.SURVEY, "transactions", at_once)
+    with contextlib.closing(database.server._connect(database.name)) as connection:
+        connection.cmd_query("START TRANSACTION WITH CONSISTENT SNAPSHOT")
+        told = make_store(database.owner_url).survey()["transactions"]
+        assert str(connection.connection_id) in {row[0] for row in told or ()}
 
 
 # --- Backups and benchmarks -----------------------------------------------------------------------
