@@ -203,11 +203,12 @@ def test_ten_thousand_children_are_kept(store: BaseStore, database: Database) ->
     assert [node.depth for node in store.session_tree()] == [0] * 10_000
 
 
-def test_a_session_with_ten_thousand_children_is_sorted_among_others(
+def test_a_session_with_thousands_of_children_is_sorted_among_others(
     store: BaseStore, database: Database
 ) -> None:
     """By any filter: its list alone is more than MySQL's sort buffer takes."""
-    children = tuple(f"{n:036}" for n in range(10_000))
+    # PostgreSQL, which has no such limit, has an index of the lists to keep.
+    children = tuple(f"{n:036}" for n in range(10_000 if database.backend == "mysql" else 1_000))
     store.save_session(session("p", child_session_ids=children))
     store.save_sessions(
         session(f"s{n}", start_time=T0 + n // 2, parent_session_id="p") for n in range(10, 60)
@@ -232,7 +233,7 @@ def test_a_session_with_ten_thousand_children_is_sorted_among_others(
     assert len(store.session_tree()) == 51
     assert set(store.sessions_of(expected)) == set(expected)
     shown = database.execute("SELECT session_id, child_count FROM active_sessions")
-    assert [row[1] for row in shown if row[0] == "p"] == [10_050]
+    assert [row[1] for row in shown if row[0] == "p"] == [len(children) + 50]
     assert len(shown) == 51
 
 

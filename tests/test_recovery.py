@@ -184,8 +184,10 @@ def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(
     spoil(url)
     execute(backup)  # before anybody noticed
     (place_in_log,) = re.findall("[0-9A-F]+/[0-9A-F]+", execute(switch))
+    # The file before it: the one that begins there is not in use yet.
     query = f"""
-        SELECT last_archived_wal >= pg_walfile_name('{place_in_log}') FROM pg_stat_archiver
+        SELECT last_archived_wal >= pg_walfile_name('{place_in_log}'::pg_lsn - 1)
+        FROM pg_stat_archiver
     """
     until = time.monotonic() + 60
     while not first.execute(query)[0][0]:
