@@ -358,19 +358,26 @@ def _close_lock(lock: int) -> None:
     os.close(lock)
 
 
+def _taken(lock: int, seconds: float) -> bool:
+    """Whether the lock could be had for this process alone within so long."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    until = time.monotonic() + LOCK_SECONDS
     lock = _open_lock(path)
     try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise StoreUnavailable(f"another process holds {path} for too long") from None
-                time.sleep(0.01)
+        if not _taken(lock, LOCK_SECONDS):
+            raise StoreUnavailable(f"another process holds {path} for too long")
         yield
     finally:
         _close_lock(lock)
@@ -732,22 +739,15 @@ class EmbeddedPostgreSQL:
         removed before. But in another container, or on another machine where the directory is
         shared, a server cannot be seen, and two on the same data destroy them.
         """
-        until = time.monotonic() + LEFTOVER_SECONDS
         lock = _open_lock(self.directory / "server.lock")
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # also for a moment after its last process has ended
-                if time.monotonic() < until:
-                    time.sleep(0.01)
-                    continue
-                _close_lock(lock)
-                raise StoreUnavailable(
-                    f"PostgreSQL in {self.data} runs where it cannot be reached from here, in "
-                    "another container or on another machine: stop what uses it there, or name a "
-                    "database that both reach with CONTEXTUATE_DATABASE_URL"
-                ) from None
-            return lock
+        if not _taken(lock, LEFTOVER_SECONDS):  # for a moment its last process keeps it, ended
+            _close_lock(lock)
+            raise StoreUnavailable(
+                f"PostgreSQL in {self.data} runs where it cannot be reached from here, in another "
+                "container or on another machine: stop what uses it there, or name a database "
+                "that both reach with CONTEXTUATE_DATABASE_URL"
+            )
+        return lock
 
     def _shut_down(self) -> None:
         until = time.monotonic() + STOP_SECONDS
