@@ -243,6 +243,19 @@ def test_a_deletion_that_waits_for_a_batch_counts_its_events(
     assert store.get_session("s") is None
 
 
+def noted_faults(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """What the server refuses from now on, also where it is tried again."""
+    faults: list[Exception] = []
+    fault_of = store._fault
+
+    def noted(error: Exception) -> Fault | None:
+        faults.append(error)
+        return fault_of(error)
+
+    monkeypatch.setattr(store, "_fault", noted)
+    return faults
+
+
 @pytest.mark.parametrize("how", ["delete", "lock", "hold", "kin"])
 def test_sessions_are_locked_in_the_order_of_their_ids(
     store: BaseStore, how: str, monkeypatch: pytest.MonkeyPatch
@@ -258,14 +271,7 @@ def test_sessions_are_locked_in_the_order_of_their_ids(
         "hold": lambda connection: store._hold_sessions(connection, names),
         "kin": lambda connection: store._lock_kin(connection, names),
     }
-    faults: list[Exception] = []
-    fault_of = store._fault
-
-    def noted(error: Exception) -> Fault | None:
-        faults.append(error)
-        return fault_of(error)
-
-    monkeypatch.setattr(store, "_fault", noted)
+    faults = noted_faults(store, monkeypatch)
     with store._connection(True) as connection:
         store._lock_sessions(connection, ["m"])
         locking = start(lambda: store._run(works[how], transaction=True))
@@ -330,14 +336,7 @@ def test_a_save_that_makes_a_parent_never_waits_in_a_circle(
         "save": lambda: store.save_session(session("b", parent_session_id="a")),
         "update": lambda: store.update_session("b", parent_session_id="a"),
     }
-    faults: list[Exception] = []
-    fault_of = store._fault
-
-    def noted(error: Exception) -> Fault | None:
-        faults.append(error)
-        return fault_of(error)
-
-    monkeypatch.setattr(store, "_fault", noted)
+    faults = noted_faults(store, monkeypatch)
     with store._connection(True) as connection:
         store._lock_sessions(connection, ["b"])
         linking = start(works[how])

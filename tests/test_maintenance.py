@@ -194,8 +194,7 @@ def test_what_needs_no_database_is_done_while_it_is_away(
     store: BaseStore, backend: str, tmp_path: Path
 ) -> None:
     backup.backup(store, tmp_path)
-    scheme = "postgresql" if backend == "postgresql" else "mysql"
-    away = make_store(f"{scheme}://127.0.0.1:1/nobody", connect_timeout=1)
+    away = make_store(f"{backend}://127.0.0.1:1/nobody", connect_timeout=1)
     connection, found = maintain(away, "daily", Tasks(backups=tmp_path))
     assert (connection.check, connection.level) == ("connection", Level.PROBLEM)
     assert "127.0.0.1:1" in connection.message
