@@ -38,7 +38,7 @@ from contextuate_persist.errors import (
     StoreUnavailable,
 )
 from contextuate_persist.postgresql_store import PostgreSQLStore
-from contextuate_persist.spool import sync_directory
+from contextuate_persist.spool import sync, sync_directory
 
 DATABASE = "contextuate_monitor"
 ROLE = "contextuate"
@@ -242,20 +242,12 @@ def readable_binaries(
                 for path in (partial, *partial.rglob("*")):
                     if not path.is_symlink():
                         path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
-                        _flush(path)
+                        sync(path)
                 partial.rename(copy)
                 sync_directory(where)
     if (blocked := account.unreachable(*reversed(copy.parents), copy / "bin/postgres")) is not None:
         raise ConfigurationError(_out_of_reach(account, blocked))
     return PostgreSQLBinaries(copy / "bin", binaries.version, binaries.source)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # In a copy: of what it is one.
