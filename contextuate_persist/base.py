@@ -874,6 +874,22 @@ class BaseStore(ABC):
         self.forget_old_deletions()
         return pruned
 
+    def _delete_prunable(self, connection: Any, ids: list[str], due: Due) -> int:
+        """Lock the sessions, whole trees, and delete those of which all is still due."""
+        self._lock_sessions(connection, ids)
+        rows = self._recheck_prunable(connection, ids, due)
+        known = set(ids)
+        above = sorted({parent for _, parent, _ in rows if parent is not None} - known)
+        # What hangs on a tree now, or what it hangs on, keeps it: nobody knew it, or it was in
+        # another tree. A parent that is not stored keeps nothing by itself.
+        held = {row[0] for row in self._select_states(connection, above)} if above else set()
+        links = self._select_links(connection, [*ids, *above])
+        held.update(parent for child, parent in links if child not in known)
+        whole = trees.whole_trees(
+            (one, parent, is_due and held.isdisjoint((one, parent))) for one, parent, is_due in rows
+        )
+        return self._delete_locked(connection, whole) if whole else 0
+
     def forget(
         self,
         *,
@@ -1685,8 +1701,8 @@ class BaseStore(ABC):
         """Pairs of id and effective parent, of whole trees that are due."""
 
     @abstractmethod
-    def _delete_prunable(self, connection: Any, ids: list[str], due: Due) -> int:
-        """Lock the sessions, delete the trees among them that are still due."""
+    def _recheck_prunable(self, connection: Any, ids: list[str], due: Due) -> list[Any]:
+        """Rows of id, effective parent and due of sessions, which are locked."""
 
     @abstractmethod
     def _forget_deletions(self, connection: Any, age: int) -> None:

@@ -21,7 +21,7 @@ import mysql.connector
 from mysql.connector.errors import Error as MySQLError
 from mysql.connector.optionfiles import MySQLOptionsParser
 
-from contextuate_persist import base, doctor, partitions, payload, records, schema, tls, trees
+from contextuate_persist import base, doctor, partitions, payload, records, schema, tls
 from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault, Sliced
 from contextuate_persist.config import is_local, split_url
@@ -710,7 +710,7 @@ FROM sessions AS s
 WHERE NOT EXISTS (SELECT 1 FROM kept AS k WHERE k.session_id = s.session_id)
 """
 
-# The same for locked sessions: what came in between, a pin, an event or a child, keeps its tree.
+# The same for locked sessions: what came in between, a pin or an event, keeps its tree.
 RECHECK_PRUNABLE = f"""
 SELECT
     s.session_id,
@@ -720,17 +720,6 @@ SELECT
     AND (
         %(quiet_since)s IS NULL
         OR COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
-    )
-    AND NOT EXISTS (
-        SELECT 1 FROM sessions AS child
-        WHERE child.effective_parent_id = s.session_id
-            AND child.session_id NOT IN (
-                SELECT kin.session_id
-                FROM JSON_TABLE(
-                    %(session_ids)s,
-                    '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
-                ) AS kin
-            )
     ) AS due
 FROM JSON_TABLE(
     %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
@@ -2142,11 +2131,9 @@ class MySQLStore(BaseStore):
     def _select_prunable(self, connection: Any, due: Due) -> list[Any]:
         return _execute(connection, SELECT_PRUNABLE, due._asdict())
 
-    def _delete_prunable(self, connection: Any, ids: list[str], due: Due) -> int:
-        _send(connection, LOCK_SESSIONS, {"session_ids": ids})
+    def _recheck_prunable(self, connection: Any, ids: list[str], due: Due) -> list[Any]:
         parameters = {"session_ids": records.json_list(ids), **due._asdict()}
-        whole = trees.whole_trees(_execute(connection, RECHECK_PRUNABLE, parameters))
-        return self._delete_locked(connection, whole) if whole else 0
+        return _execute(connection, RECHECK_PRUNABLE, parameters)
 
     def _forget_deletions(self, connection: Any, age: int) -> None:
         _execute_write(connection, FORGET_DELETIONS, {"age": age})

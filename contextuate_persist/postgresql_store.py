@@ -32,7 +32,6 @@ from contextuate_persist import (
     records,
     schema,
     tls,
-    trees,
 )
 from contextuate_persist.accounts import Names
 from contextuate_persist.base import BaseStore, Event, Fault, Sliced
@@ -675,7 +674,7 @@ FROM sessions AS s
 WHERE NOT EXISTS (SELECT FROM kept AS k WHERE k.session_id = s.session_id)
 """
 
-# The same for locked sessions: what came in between, a pin, an event or a child, keeps its tree.
+# The same for locked sessions: what came in between, a pin or an event, keeps its tree.
 RECHECK_PRUNABLE = f"""
 SELECT
     s.session_id,
@@ -685,11 +684,6 @@ SELECT
     AND (
         %(quiet_since)s::bigint IS NULL
         OR COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
-    )
-    AND NOT EXISTS (
-        SELECT FROM sessions AS child
-        WHERE child.effective_parent_id = s.session_id
-            AND child.session_id <> ALL(%(session_ids)s::text[])
     ) AS due
 FROM sessions AS s
 WHERE s.session_id = ANY(%(session_ids)s::text[])
@@ -2475,14 +2469,11 @@ class PostgreSQLStore(BaseStore):
     def _select_prunable(self, connection: psycopg.Connection[Any], due: Due) -> list[Any]:
         return connection.execute(SELECT_PRUNABLE, due._asdict()).fetchall()
 
-    def _delete_prunable(
+    def _recheck_prunable(
         self, connection: psycopg.Connection[Any], ids: list[str], due: Due
-    ) -> int:
-        self._lock_sessions(connection, ids)
+    ) -> list[Any]:
         parameters = {"session_ids": ids, **due._asdict()}
-        rows = connection.execute(RECHECK_PRUNABLE, parameters).fetchall()
-        whole = trees.whole_trees(rows)
-        return self._delete_locked(connection, whole) if whole else 0
+        return connection.execute(RECHECK_PRUNABLE, parameters).fetchall()
 
     def _forget_deletions(self, connection: psycopg.Connection[Any], age: int) -> None:
         connection.execute(FORGET_DELETIONS, {"age": age})

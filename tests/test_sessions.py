@@ -945,8 +945,24 @@ def test_pruning_works_in_batches(store: BaseStore, monkeypatch: pytest.MonkeyPa
         lambda store: store.save_event(event("kept runner", T0 + 1)),
         lambda store: store.save_session(session("new", parent_session_id="kept child")),
         lambda store: store.save_session(session("new", manual_parent_session_id="kept")),
+        lambda store: (
+            store.save_session(session("new")),
+            store.update_session("kept", manual_parent_session_id="new"),
+        ),
+        lambda store: (
+            store.save_session(session("new", manual_parent_session_id="absent")),
+            store.update_session("kept", manual_parent_session_id="absent"),
+        ),
     ],
-    ids=["pinned", "ended later", "went on", "has a child", "was made a parent"],
+    ids=[
+        "pinned",
+        "ended later",
+        "went on",
+        "has a child",
+        "was made a parent",
+        "has a parent",
+        "has a sibling",
+    ],
 )
 def test_pruning_spares_the_tree_of_what_changed_while_it_ran(
     store: BaseStore, monkeypatch: pytest.MonkeyPatch, change: Callable[[BaseStore], object]
