@@ -862,14 +862,22 @@ class BaseStore(ABC):
     def prune_old_sessions(self, older_than: int) -> int:
         model.check_timestamp("older_than", older_than)
         due = Due(older_than)
+
+        def prune(connection: Any, ids: list[str]) -> int:
+            deleted = self._delete_prunable(connection, ids, due)
+            # The last event of a session, by which it was due, may lie aside. Behind the locks,
+            # without which none gets events back.
+            if deleted:
+                self._require_all_events(connection)
+            return deleted
+
         pruned = 0
         batch: list[str] = []
         found = trees.linked_groups(dict(self._run(partial(self._select_prunable, due=due))))
         for position, tree in enumerate(found):
             batch += tree
             if len(batch) >= _DELETE_SESSIONS or position == len(found) - 1:
-                prune = partial(self._delete_prunable, ids=sorted(batch), due=due)
-                pruned += self._run(prune, transaction=True)
+                pruned += self._run(partial(prune, ids=sorted(batch)), transaction=True)
                 batch = []
         self.forget_old_deletions()
         return pruned
@@ -1161,7 +1169,7 @@ class BaseStore(ABC):
 
         A tree of which one session has changed, is gone, or has a child besides, is left alone, and
         with `fingerprints` also where these are not the same any more; they are asked for again,
-        `in_slices` or not. As they may be of a part, `require_all_events` comes before.
+        `in_slices` or not. Refused as `require_all_events` says: states are of a part then, too.
         """
         planned = trees.linked_groups({state.session_id: state.parent_id for state in states})
         known = {state.session_id: state for state in states}
@@ -1173,8 +1181,9 @@ class BaseStore(ABC):
             family = sorted(above.union(ids))
             found = [*map(records.state_from_row, self._select_states(connection, family))]
             same = {state.session_id for state in found if state == known.get(state.session_id)}
+            # Behind the locks, without which no session gets events back or loses them for good.
+            self._require_all_events(connection)
             if fingerprints is not None:
-                self._require_all_events(connection)
                 now = self._fingerprints(connection, ids, in_slices)
                 same = {one for one in same if now.get(one, "") == fingerprints.get(one)}
             # A parent that was not stored, or a child that stays: nobody knew it, or it was in

@@ -1274,6 +1274,8 @@ RETIRE_PARTITION = """
 ALTER TABLE events EXCHANGE PARTITION {partition} WITH TABLE events_retired WITHOUT VALIDATION
 """
 
+SELECT_NEWEST_RETIRED = "SELECT COALESCE(max(r.timestamp), -1) FROM events_retired AS r"
+
 # To the sessions that are still there, and were not deleted and made anew meanwhile. A deletion
 # alone does not say so: a copy brings the source's, also of a session that the target keeps.
 IS_GIVEN_BACK = """session_id IN (%(session_ids)s)
@@ -2688,8 +2690,11 @@ class MySQLPartitions:
     def prunable(self, due: Due) -> dict[str, str | None]:
         return dict(self._store._select_prunable(self._connection, due))  # noqa: SLF001
 
-    def has_retired(self) -> bool:
-        return self._has("events_retired")
+    def newest_retired(self) -> int | None:
+        if not self._has("events_retired"):
+            return None
+        [(newest,)] = _execute(self._connection, SELECT_NEWEST_RETIRED)
+        return int(newest)
 
     def is_needed(self, partition: Partition) -> bool:
         return partition.start is None

@@ -178,7 +178,10 @@ class PartitionSession(Protocol):
         """What `prune_old_sessions` deletes, if quiet for long enough, by id, with the parents."""
         ...
 
-    def has_retired(self) -> bool: ...
+    def newest_retired(self) -> int | None:
+        """When the last event happened that was taken out; -1 for none, None without the table."""
+        ...
+
     def is_needed(self, partition: Partition) -> bool:
         """Whether there has to be a partition for its time, be it an empty one."""
         ...
@@ -455,8 +458,10 @@ def drop(session: PartitionSession, due: Due, *, empty: bool) -> Dropped:
     bounds = _NONE if empty else due
     # Of a run that was killed.
     _patiently(session, session.tidy)
-    if session.has_retired():
-        sessions += _finish(session, bounds)
+    if (last := session.newest_retired()) is not None:
+        # Taken out by bounds of its own: what these would keep gets its events back first, or its
+        # last event would not be seen.
+        sessions += _finish(session, bounds if last < bounds.older_than else _NONE)
     # Tombstones are dated now: they could not hold what is in the future away.
     limit = min(due.older_than, _now())
     prunable = session.prunable(bounds)

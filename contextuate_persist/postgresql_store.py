@@ -1286,6 +1286,8 @@ FROM pg_constraint AS c
 WHERE c.conrelid = to_regclass(%(table)s) AND c.contype = 'f'
 """
 
+SELECT_NEWEST_RETIRED = "SELECT COALESCE(max(r.timestamp), -1) FROM events_retired AS r"
+
 # To the sessions that are still there, and were not deleted and made anew meanwhile. A deletion
 # alone does not say so: a copy brings the source's, also of a session that the target keeps.
 GIVE_BACK = f"""
@@ -3038,8 +3040,11 @@ class PostgreSQLPartitions:
     def prunable(self, due: Due) -> dict[str, str | None]:
         return dict(self._store._select_prunable(self._connection, due))  # noqa: SLF001
 
-    def has_retired(self) -> bool:
-        return self._has("events_retired")
+    def newest_retired(self) -> int | None:
+        if not self._has("events_retired"):
+            return None
+        [(newest,)] = self._connection.execute(SELECT_NEWEST_RETIRED).fetchall()
+        return int(newest)
 
     def is_needed(self, partition: Partition) -> bool:
         # The first one takes the time of the next, if that can be done without moving events.

@@ -1403,6 +1403,34 @@ def test_a_drop_that_was_killed_goes_on_when_run_again(
     assert len(check_whole(partitioned)) == 5
 
 
+def test_a_drop_that_was_killed_goes_on_by_other_bounds_without_harm(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions whose last events lie aside are judged with them."""
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with make_store(partitioned.url) as store:
+        store.save_sessions([session("s", start_time=month(5)), ended("gone", 5)])
+        store.save_events([event("s", month(5)), event("s", month(29)), event("gone", month(6))])
+        with monkeypatch.context() as patch:
+            patch.setattr(partitions, "_settle", stop)
+            with pytest.raises(KeyboardInterrupt):
+                partitioned.owner().drop_partitions(month(60))
+        assert store.get_events("s") == []
+        states = store.session_states()
+        with pytest.raises(StoreUnavailable, match="made or dropped"):
+            store.prune_old_sessions(month(20))
+        with pytest.raises(StoreUnavailable, match="made or dropped"):
+            store.delete_unchanged([one for one in states if one.session_id == "s"])
+        assert partitioned.owner().drop_partitions(month(20)).sessions == 0
+        assert [one.timestamp for one in store.get_events("s")] == [month(5), month(29)]
+        assert store.prune_old_sessions(month(20)) == 1
+        assert [one.session_id for one in store.get_sessions()] == ["s"]
+    assert len(check_whole(partitioned)) == 2
+
+
 @pytest.mark.parametrize("call", ["prune_old_sessions", "forget"])
 def test_many_events_go_in_slices_from_the_old_table_too(
     plain: Database, call: str, monkeypatch: pytest.MonkeyPatch
