@@ -830,14 +830,15 @@ class BaseStore(ABC):
     def delete_session(self, session_id: str) -> None:
         model.check_id("session_id", session_id)
 
-        tries = 0
+        deleted = False
 
         def delete(connection: Any) -> None:
-            nonlocal tries
-            tries += 1
+            nonlocal deleted
+            found = self._delete_session(connection, session_id)
             # Not there any more at a second try: the first has deleted it, and was not heard.
-            if not self._delete_session(connection, session_id) and tries == 1:
+            if not found and not deleted:
                 raise SessionNotFound(session_id)
+            deleted = True
 
         self._run(delete, transaction=True)
 

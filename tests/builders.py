@@ -5,6 +5,9 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+import mysql.connector
+import psycopg
+
 from contextuate_persist import MessageUsage, MonitorEvent, SessionMeta
 
 #: A time long before any test runs.
@@ -35,3 +38,10 @@ def session(session_id: str = "s", **fields: Any) -> SessionMeta:
 def usage(message_id: str = "msg_1", output_tokens: int = 5, **fields: Any) -> MessageUsage:
     values: dict[str, Any] = {"timestamp": T0, "output_tokens": output_tokens}
     return MessageUsage(message_id=message_id, **values | fields)
+
+
+def deadlock(backend: str) -> Exception:
+    """As the driver raises it."""
+    if backend == "postgresql":
+        return psycopg.errors.DeadlockDetected()
+    return mysql.connector.InternalError(errno=1213)

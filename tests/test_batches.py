@@ -10,14 +10,12 @@ import threading
 from enum import Enum
 from typing import Any
 
-import mysql.connector
-import psycopg
 import pytest
 
 from contextuate_persist import InvalidBatch, MonitorEvent, SaveResult, StoreUnavailable
 from contextuate_persist.base import CHUNK_ROWS, BaseStore, StartOver
 from contextuate_persist.mysql_store import _Sending
-from tests.builders import T0, event, session
+from tests.builders import T0, deadlock, event, session
 from tests.conftest import Database, make_store
 
 BOTH_LAYOUTS = "once|repeats|deleted|refuses_is_found|ctrl_c|equal"
@@ -256,18 +254,13 @@ def test_late_events_that_keep_coming_are_asked_for_before_anything_is_locked(
 def test_who_gives_way_in_deadlocks_tries_as_long_as_who_waits_for_a_lock(
     backend: str, database: Database
 ) -> None:
-    deadlock = (
-        psycopg.errors.DeadlockDetected()
-        if backend == "postgresql"
-        else mysql.connector.InternalError(errno=1213)
-    )
     tries = 0
 
     def work(connection: Any) -> str:
         nonlocal tries
         tries += 1
         if tries < 20:
-            raise deadlock
+            raise deadlock(backend)
         return "through"
 
     with make_store(database.url) as patient:

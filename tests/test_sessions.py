@@ -21,7 +21,7 @@ from contextuate_persist import (
 )
 from contextuate_persist.base import BaseStore
 from contextuate_persist.records import Due
-from tests.builders import T0, event, session
+from tests.builders import T0, deadlock, event, session
 from tests.conftest import Database
 
 BOTH_LAYOUTS = "delet|prun"
@@ -841,6 +841,49 @@ def test_deleting_all_leaves_nothing_and_counts_sessions(store: BaseStore) -> No
     assert list(store.iter_events()) == []
     assert store.delete_all_sessions() == 0
     assert store.save_event(event("s1")) is False
+
+
+def test_deleting_all_that_fails_half_way_leaves_nothing_below_what_is_gone(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("contextuate_persist.base._DELETE_SESSIONS", 1)
+    store.save_sessions([session("a"), session("b"), session("m")])
+    for name, parent in (("x", "m"), ("y", None)):
+        store.save_session(session(name, parent_session_id=parent, manual_parent_session_id="a"))
+    delete, left = store._delete_sessions, iter("a")
+
+    def fail(connection: Any, ids: list[str]) -> int:
+        if ids != [next(left, None)]:
+            raise StoreUnavailable("the rest is for the next call")
+        return delete(connection, ids)
+
+    monkeypatch.setattr(store, "_delete_sessions", fail)
+    with pytest.raises(StoreUnavailable):
+        store.delete_all_sessions()
+    assert {s.session_id for s in store.get_sessions(parent_session_id="m")} == {"x"}
+    assert get(store, "y").manual_parent_session_id is None
+    assert store.get_sessions(parent_session_id="a") == []
+
+
+@pytest.mark.parametrize("name", ["absent", "reference"])
+def test_what_is_not_there_is_not_deleted_by_a_second_try_either(
+    store: BaseStore, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_event(event("s", parent_session_id="reference"))
+    delete, tries = store._delete_session, []
+
+    def fail_first(connection: Any, session_id: str) -> bool:
+        found = delete(connection, session_id)
+        tries.append(found)
+        if len(tries) == 1:
+            raise deadlock(store.backend)
+        return found
+
+    monkeypatch.setattr(store, "_delete_session", fail_first)
+    with pytest.raises(SessionNotFound):
+        store.delete_session(name)
+    assert tries == [False, False]
+    assert get(store, "s").parent_session_id == "reference"
 
 
 # --- Pruning --------------------------------------------------------------------------------------
