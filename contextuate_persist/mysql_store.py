@@ -595,6 +595,15 @@ WHERE JSON_LENGTH(s.child_session_ids) > 0
 ORDER BY s.session_id
 """
 
+# Those that stay, a while or for good; the foreign key sees to the detected parents.
+ORPHAN_WARDS = """
+UPDATE sessions
+SET manual_parent_session_id = NULL
+WHERE effective_parent_id IN (%(session_ids)s)
+    AND manual_parent_session_id IS NOT NULL
+    AND session_id NOT IN (%(session_ids)s)
+"""
+
 UNLIST_CHILDREN = """
 UPDATE sessions
 SET child_session_ids = COALESCE(
@@ -2097,6 +2106,7 @@ class MySQLStore(BaseStore):
 
     def _delete_sessions(self, connection: Any, ids: list[str]) -> int:
         _send(connection, LOCK_SESSIONS, {"session_ids": ids})
+        _send(connection, ORPHAN_WARDS, {"session_ids": ids})
         return self._delete_locked(connection, ids)
 
     def _delete_locked(self, connection: Any, ids: list[str]) -> int:

@@ -591,6 +591,15 @@ SET
 WHERE parent_session_id = %(session_id)s OR effective_parent_id = %(session_id)s
 """
 
+# Those that stay, a while or for good; the foreign key sees to the detected parents.
+ORPHAN_WARDS = """
+UPDATE sessions
+SET manual_parent_session_id = NULL
+WHERE effective_parent_id = ANY(%(session_ids)s::text[])
+    AND manual_parent_session_id IS NOT NULL
+    AND session_id <> ALL(%(session_ids)s::text[])
+"""
+
 UNLIST_CHILDREN = """
 UPDATE sessions
 SET child_session_ids = child_session_ids - %(session_ids)s::text[]
@@ -2447,6 +2456,7 @@ class PostgreSQLStore(BaseStore):
 
     def _delete_sessions(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:
         self._lock_sessions(connection, ids)
+        connection.execute(ORPHAN_WARDS, {"session_ids": ids})
         return self._delete_locked(connection, ids)
 
     def _delete_locked(self, connection: psycopg.Connection[Any], ids: list[str]) -> int:

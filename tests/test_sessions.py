@@ -17,6 +17,7 @@ from contextuate_persist import (
     SessionMeta,
     SessionNotFound,
     SessionStatus,
+    StoreUnavailable,
     TokenUsage,
 )
 from contextuate_persist.base import BaseStore
