@@ -1098,6 +1098,9 @@ SET SESSION
 # idle for seconds whether they live, and makes another for one that was ended: 40 ms with TLS.
 IDLE_SECONDS = 300
 
+# The driver's own limits for an answer, and for what is sent. Maintenance goes without them.
+DRIVER_LIMITS = ("read_timeout", "write_timeout")
+
 # --- Partitions -----------------------------------------------------------------------------------
 
 # The columns of events that are copied, in this order.
@@ -1782,8 +1785,9 @@ class MySQLStore(BaseStore):
             "connection_timeout": max(1, round(self._connect_timeout)),
             "allow_local_infile": False,
         }
-        # The server's own limit holds for SELECT only; this one ends the connection.
-        self._arguments["read_timeout"] = round(self._statement_timeout) + 5
+        # The server's own limit holds for SELECT only; these end the connection. Without the second
+        # a server that reads nothing keeps whoever sends more than the sockets hold for ever.
+        self._arguments |= dict.fromkeys(DRIVER_LIMITS, round(self._statement_timeout) + 5)
         self._chunk_bytes = self._row_bytes = 0  # the server's packet limit says
         self._pool: Pool | None = None
 
@@ -1811,7 +1815,8 @@ class MySQLStore(BaseStore):
     def _connect(self, *, patient: bool = False) -> Any:
         arguments = dict(self._arguments)
         if patient:
-            arguments.pop("read_timeout", None)
+            for name in DRIVER_LIMITS:
+                arguments.pop(name)
         tls.check_files(self._tls)
         if ("sslcert" in self._tls) != ("sslkey" in self._tls):
             raise ConfigurationError("sslcert, sslkey: MySQL takes both or neither: name the other")

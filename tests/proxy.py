@@ -6,6 +6,7 @@ import contextlib
 import selectors
 import socket
 import threading
+import time
 from types import TracebackType
 
 
@@ -25,6 +26,8 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         #: Accept and read, but pass nothing on.
         self.silent = False
+        #: Read nothing, so that whoever sends has to wait.
+        self.deaf = False
         #: Cut a connection once a statement with these bytes has been sent and answered; once.
         self.swallow_answer_to: bytes | None = None
         self._swallowing: set[socket.socket] = set()
@@ -59,6 +62,9 @@ class Proxy:
 
     def _serve(self) -> None:
         while not self._stop:
+            if self.deaf:
+                time.sleep(0.02)
+                continue
             for key, _ in self._selector.select(0.02):
                 source = key.fileobj
                 assert isinstance(source, socket.socket)
