@@ -106,7 +106,7 @@ class PruneReport:
 
 def plan(store: BaseStore, policy: RetentionPolicy, *, now: int | None = None) -> RetentionPlan:
     """What is due now. Reads every session, and for `max_bytes` the sizes of what may stay."""
-    now = time.time_ns() // 1_000_000 if now is None else now
+    now = _now(store) if now is None else now
     states = {state.session_id: state for state in store.session_states()}
     links = {state.session_id: state.parent_id for state in states.values()}
     forest = [tuple(states[one] for one in tree) for tree in trees.linked_groups(links)]
@@ -125,6 +125,11 @@ def plan(store: BaseStore, policy: RetentionPolicy, *, now: int | None = None) -
     due = tuple(free[:count])
     gone = sum(map(shown, due))
     return RetentionPlan(trees=due, sessions=gone, kept=sum(map(shown, forest)) - gone)
+
+
+def _now(store: BaseStore) -> int:
+    """The earlier of this machine's time and the server's: one that is ahead deletes too much."""
+    return min(time.time_ns() // 1_000_000, store.clock())
 
 
 def _last_active(tree: Tree) -> int:
@@ -259,7 +264,7 @@ def drop_partitions(store: BaseStore, policy: RetentionPolicy, *, empty: bool = 
     nothing = Dropped((), {}, 0, 0.0)
     if policy.max_age_days is None or store.health().schema_layout != "partitioned":
         return nothing
-    now = time.time_ns() // 1_000_000
+    now = _now(store)
     quiet_since = now - round(policy.spared_days * DAY)
     older_than = min(now - round(policy.max_age_days * DAY), quiet_since)
     if older_than < model.MIN_TIMESTAMP:

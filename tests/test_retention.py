@@ -96,6 +96,20 @@ def test_by_age_goes_what_prune_old_sessions_takes(store: BaseStore) -> None:
     assert store.save_event(event("old", NOW - 91 * DAY)) is False
 
 
+@pytest.mark.parametrize("whose", ["this machine's", "the server's"])
+def test_a_clock_that_is_ahead_makes_nothing_due(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    store.save_session(ended("young", 20))
+    ahead = NOW + 80 * DAY
+    if whose == "the server's":
+        monkeypatch.setattr(store, "clock", lambda: ahead)
+    else:
+        monkeypatch.setattr(time, "time_ns", lambda: ahead * 1_000_000)
+    assert prune(store, RetentionPolicy()).sessions == 0
+    assert names(store) == {"young"}
+
+
 def test_by_number_go_the_trees_that_were_active_longest_ago(store: BaseStore) -> None:
     store.save_sessions(
         [
