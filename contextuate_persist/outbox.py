@@ -148,9 +148,11 @@ class Outbox:
         with self._lock:
             if self._closed or not self._has_room(size, disk):
                 self._wait_for_room(size, disk, timeout)
+            # First, since a signal's exception may come here: the numbers must have no holes.
+            arrival = Arrival(self._number + 1, accepted, value, size, disk)
+            self._arrivals.append(arrival)
             self._number += 1
             self._accepted += 1
-            self._arrivals.append(Arrival(self._number, accepted, value, size, disk))
             self._arrived_bytes += size
             self._arrived_disk += disk
             if len(self._arrivals) == 1 or self._arrived_bytes > self._half // 2:
@@ -183,7 +185,12 @@ class Outbox:
                     f"{self._spool.directory}: has no room for {disk:,} bytes, of the "
                     f"{self._spool_bytes:,} that it may have; "
                     f"{self._pending():,} items wait for the database"
-                    + (f", {aside:,} bytes lie aside in dead and damaged" if aside else "")
+                    + (
+                        f", {aside:,} bytes lie aside in dead and damaged: see "
+                        "`contextuate-persist dead list`"
+                        if aside
+                        else ": raise spool_bytes, or see why it does not take them"
+                    )
                 )
             left = deadline - time.monotonic()
             if left <= 0 or not self._room.wait(left):

@@ -38,6 +38,7 @@ from contextuate_persist import (
     TokenUsage,
     WriterHealth,
     dead_letters,
+    outbox,
     payload,
     queued,
     sender,
@@ -1586,6 +1587,25 @@ def test_ctrl_c_while_a_writer_closes_closes_it(
     with writer:
         assert writer.flush(30) == 0
     assert len(store.get_events("s")) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_interrupts_a_put_leaves_no_hole_in_the_numbers(
+    writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch, error: type
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise error
+
+    writer.put(event("s", T0))
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox, "Arrival", interrupted)
+        with pytest.raises(error):
+            writer.put(event("s", T0 + 1))
+    assert writer.flush(30) == 0
+    writer.put(event("s", T0 + 2))
+    assert writer.flush(30) == 0
+    assert [one.timestamp for one in store.get_events("s")] == [T0, T0 + 2]
+    assert writer.health().accepted == 2
 
 
 def test_large_updates_count_with_all_they_hold(
