@@ -63,11 +63,13 @@ class Change:
 
     @property
     def diff(self) -> list[str]:
-        """The change as a unified diff; empty if there is none."""
-        before = (self.before or b"").decode("utf-8")
+        """What changes, as a unified diff of the hooks; empty if nothing does.
+
+        Not of the whole file: beside the hooks may stand keys, and this is for terminals and logs.
+        """
         lines = difflib.unified_diff(
-            before.splitlines(),
-            self.after.splitlines(),
+            _hooks_of(self.path, self.before),
+            _hooks_of(self.path, self.after.encode("utf-8")),
             str(self.path) if self.before is not None else "/dev/null",
             str(self.path),
             lineterm="",
@@ -255,6 +257,12 @@ def _parse(path: Path, content: bytes | None) -> dict[str, Any]:
     return settings
 
 
+def _hooks_of(path: Path, content: bytes | None) -> list[str]:
+    """The lines of a file that has the hooks of these settings and nothing else."""
+    hooks = {name: value for name, value in _parse(path, content).items() if name == "hooks"}
+    return _text(hooks, 2).splitlines() if hooks else []
+
+
 def _check(path: Path, settings: object) -> None:
     def require(kind: type, value: object, place: str) -> Any:
         if not isinstance(value, kind):
@@ -291,10 +299,16 @@ def _change(path: Path, before: bytes | None, settings: dict[str, Any]) -> Chang
     found = re.search(r"^[{\[]\r?\n([ \t]+)", text.lstrip())
     indent = found[1] if found else 2
     try:
-        after = json.dumps(settings, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-        after.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, which stood there as an escape
-        after = json.dumps(settings, indent=indent, allow_nan=False) + "\n"
+        after = _text(settings, indent)
     except ValueError as error:  # a number past all floats
         raise ConfigurationError(f"{path}: cannot be written as it is: {error}") from None
     return Change(path=path, before=before, after=after)
+
+
+def _text(settings: dict[str, Any], indent: int | str) -> str:
+    text = json.dumps(settings, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which stood there as an escape
+        text = json.dumps(settings, indent=indent, allow_nan=False) + "\n"
+    return text

@@ -92,6 +92,20 @@ def test_other_peoples_hooks_and_settings_stay(path: Path) -> None:
     assert read(path) == {**OTHERS, "hooks": {"PreToolUse": OTHERS["hooks"]["PreToolUse"]}}  # type: ignore[index]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_what_is_shown_of_a_change_has_no_keys_of_others(
+    path: Path, run: Run, indent: int | None
+) -> None:
+    secret = "sk-" + "x" * 40
+    path.write_text(json.dumps({"env": {"TOKEN": secret}, "hooks": {}, "x": secret}, indent=indent))
+    for action in ("install", "uninstall"):
+        status, out, err = run(action, "--yes")
+        assert status == 0
+        assert "SessionStart" in out
+        assert secret not in out + err
+        assert read(path)["env"] == {"TOKEN": secret}
+
+
 def test_doing_it_twice_changes_nothing(path: Path) -> None:
     path.write_text('{"a": 1.0}')
     install(path, "run me").apply()
