@@ -11,7 +11,8 @@ Claude Code would read it; with CONTEXTUATE_DEBUG set, standard error says what 
 
 The inbox is ~/.contextuate/monitor/inbox, or what CONTEXTUATE_INBOX names. A file is there whole or
 not at all: {"id", "capturedAt", "machineId", "parentSession", "payload"}, the payload in base64, so
-that it may be any bytes. Only modules that start in a moment are imported.
+that it may be any bytes. Only modules that start in a moment are imported, and any Python from 3.8
+on will do: the `python3` of the machine need not be the one that runs the rest.
 """
 
 import binascii
@@ -37,12 +38,12 @@ def capture(payload: bytes, now: int) -> bytes:
     return ("{" + ", ".join(f'"{key}": {value}' for key, value in told.items()) + "}").encode()
 
 
-def quoted(text: str | None) -> str:
+def quoted(text: "str | None") -> str:
     """The text in JSON, null for none; importing json would take as long as all else together."""
     if not text:
         return "null"
     units = text.encode("utf-16-be", "surrogatepass")
-    codes = [high << 8 | low for high, low in zip(units[::2], units[1::2], strict=True)]
+    codes = [units[place] << 8 | units[place + 1] for place in range(0, len(units), 2)]
     plain = (
         chr(code) if 32 <= code < 127 and code not in b'"\\' else f"\\u{code:04x}" for code in codes
     )

@@ -57,6 +57,16 @@ def emit(inbox: Path, tmp_path: Path) -> Emit:
     return run
 
 
+def test_the_command_is_for_any_python_from_3_8_on() -> None:
+    """What `python3` is on a machine that has another one for the rest."""
+    tree = ast.parse(SCRIPT.read_text(), feature_version=(3, 8))
+    evaluated = [node.annotation for node in ast.walk(tree) if isinstance(node, ast.arg)]
+    evaluated += [node.returns for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert len(evaluated) > 8
+    assert not [one for one in evaluated if isinstance(one, ast.BinOp | ast.Subscript)]
+    assert "strict" not in {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+
+
 def captures(inbox: Path) -> list[Capture]:
     return [Capture.parse(path.read_bytes()) for path in sorted(inbox.iterdir())]
 
