@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import heapq
 import logging
 import os
 import re
@@ -99,7 +100,8 @@ class Inbox:
         except BlockingIOError:
             self.close()
             raise ConfigurationError(
-                f"inbox: another process takes what comes to {self.directory}"
+                f"inbox: another process takes what comes to {self.directory}: stop it, or take "
+                "another directory"
             ) from None
         except OSError as error:
             self.close()
@@ -137,9 +139,11 @@ class Inbox:
             self.set_aside(name, reason)
         found = os.listdir(self.directory)
         self._remove_left([name for name in found if _BEGUN.fullmatch(name)])
-        for name in sorted(name for name in found if self._is_new(name)):
-            if not limit:
-                return
+        # Of the many that an outage has left, no more are put in order than are taken now.
+        new = [name for name in found if self._is_new(name)]
+        heapq.heapify(new)
+        while new and limit:
+            name = heapq.heappop(new)
             try:
                 body = _read(self.directory / name)
             except FileNotFoundError:
@@ -240,6 +244,17 @@ def all_files(directory: str | Path, *, begun: bool = False) -> Iterator[tuple[P
                 continue
             except (OSError, ValueError):
                 yield path, None
+
+
+def counts(directory: str | Path) -> tuple[int, int]:
+    """How many files wait in an inbox, and how many were set aside; takes nothing."""
+
+    def files(folder: Path) -> int:
+        names = os.listdir(folder) if folder.is_dir() else []
+        return sum(not (one.startswith(".") or one.endswith(_WHY) or one == _BAD) for one in names)
+
+    place = Path(directory)
+    return files(place), files(place / _BAD)
 
 
 def remove_file(path: Path) -> None:

@@ -18,6 +18,8 @@ from contextuate_persist.errors import (
     StoreRefused,
     StoreUnavailable,
 )
+from contextuate_persist.inbox import counts as inbox_counts
+from contextuate_persist.inbox import default_inbox
 from contextuate_persist.spool import Spool, spool_state
 from contextuate_persist.writer import EventWriter, default_spool
 
@@ -25,7 +27,12 @@ OpenStore = Callable[[argparse.Namespace], BaseStore]
 
 
 def _directory(args: argparse.Namespace) -> Path:
-    return Path(args.directory) if args.directory else default_spool()
+    if args.directory is None:
+        return default_spool()
+    # A slip of the pen would look like a spool in which nothing waits.
+    if not (given := Path(args.directory)).is_dir():
+        raise ConfigurationError(f"--directory: {given} is no directory")
+    return given
 
 
 def spool(args: argparse.Namespace, open_given: OpenStore) -> int:
@@ -42,11 +49,13 @@ def spool(args: argparse.Namespace, open_given: OpenStore) -> int:
         aside.look()
     size = dead.aside.bytes + damaged.bytes
     age = None if state.oldest is None else max(0.0, time.time() - state.oldest / 1000)
+    inbox = default_inbox()
+    files, bad = inbox_counts(inbox)
     if args.json:
         record: dict[str, object] = {"directory": str(directory)}
         record |= {"records": state.records, "bytes": state.bytes}
         record |= {"oldestSeconds": age, "deadLetters": letters, "asideBytes": size}
-        show_json([record])
+        show_json([{**record, "inbox": str(inbox), "inboxFiles": files, "inboxBad": bad}])
         return 0
     waiting = "nothing waits" if age is None else f"{state.records:,} wait, the oldest {age:,.0f} s"
     show(
@@ -57,6 +66,8 @@ def spool(args: argparse.Namespace, open_given: OpenStore) -> int:
     )
     if size:
         show([f"{size:,} bytes lie aside in dead and damaged, and count against what may wait"])
+    if files or bad:
+        show([f"{display.safe(str(inbox))}: {files:,} files wait for a daemon, {bad:,} are in bad"])
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from contextuate_persist import EventWriter, MonitorEvent, StoreUnavailable, queued
+from contextuate_persist import EventWriter, MonitorEvent, StoreUnavailable, inbox, queued
 from contextuate_persist.base import BaseStore
 from contextuate_persist.config import ENVIRONMENT_URL
 from contextuate_persist.dead_letters import DeadLetters
@@ -23,6 +23,7 @@ __all__ = ["run"]
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(ENVIRONMENT_SPOOL, str(tmp_path / "spool"))
+    monkeypatch.setenv(inbox.ENVIRONMENT_INBOX, str(tmp_path / "no inbox"))
     return tmp_path / "spool"
 
 
@@ -42,6 +43,31 @@ def test_an_empty_spool_is_told_as_such(run: Run, directory: Path) -> None:
     assert out == f"{directory}: nothing waits; 0 bytes on disk\n0 dead letters\n"
     status, out, _ = run("dead", "list")
     assert (status, out) == (0, "")
+
+
+@pytest.mark.parametrize("command", [["spool", "status"], ["spool", "replay"], ["dead", "list"]])
+def test_a_directory_that_is_none_is_refused(run: Run, tmp_path: Path, command: list[str]) -> None:
+    place = tmp_path / "slip of the pen"
+    status, out, err = run(*command, "--directory", str(place))
+    assert (status, out) == (1, "")
+    assert err == f"contextuate-persist: error: --directory: {place} is no directory\n"
+    assert not place.exists()
+
+
+def test_what_waits_in_the_inbox_is_told(
+    run: Run, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "inbox"
+    monkeypatch.setenv(inbox.ENVIRONMENT_INBOX, str(place))
+    names = [inbox.leave(place, b"{}") for _ in range(3)]
+    (place / ".begun").touch()
+    with inbox.Inbox(place) as taking:
+        taking.set_aside(names[0], "why")
+    expected = f"{place}: 2 files wait for a daemon, 1 are in bad\n"
+    status, out, _ = run("spool", "status")
+    assert (status, out.endswith(expected)) == (0, True)
+    [told] = map(json.loads, run("spool", "status", "--json")[1].splitlines())
+    assert (told["inbox"], told["inboxFiles"], told["inboxBad"]) == (str(place), 2, 1)
 
 
 def test_what_waits_is_told_and_stored(run: Run, directory: Path, store: BaseStore) -> None:
