@@ -55,7 +55,10 @@ LOOK_SECONDS = 0.1  # between looks into the inbox
 AGAIN_SECONDS = 2.0  # between tries while the database is away, or the disk is full
 DAY = 86_400_000  # ms
 KNOWN_SESSIONS = 10_000  # whose state is kept in memory
-CAUGHT_UP = 2_000  # sessions that run, and events, which are looked at when it starts
+CAUGHT_UP = 2_000  # sessions that run here, and events, which are looked at when it starts
+TOLD_BY = 200  # events of a session at most that say what it has been told
+PAGE = 50  # events at once, since each may have a payload of many megabytes
+READ_SECONDS = 60.0  # for a transcript
 # The database is away, full or unwilling, altogether or for one session.
 PASSING = (StoreUnavailable, StoreRefused, StorageFull)
 BY_PEOPLE = ("label", "is_pinned", "hidden", "manual_parent_session_id")
@@ -82,6 +85,7 @@ class Monitor:
         self.inbox = Inbox(inbox)
         self._states: dict[str, SessionState] = {}
         self._offsets: dict[str, int] = {}
+        self._stuck: set[str] = set()  # transcripts that are not read any more
         # Not the events: while the database is away, there may be more than fit into memory.
         self._news: dict[str, News] = {}
         self._last: AsyncReceipt | None = None
@@ -206,12 +210,25 @@ class Monitor:
             self._begin(_patiently(look, PASSING))
 
     async def _note_running(self) -> None:
-        for session in await self.store.get_sessions(status="active", limit=CAUGHT_UP):
+        # Those of other machines are for the daemons there: each that starts would read them all.
+        here = await self.store.get_sessions(
+            status="active", machine_id=socket.gethostname(), limit=CAUGHT_UP
+        )
+        for session in here:
             self._add(session.session_id, NO_NEWS)
 
     async def _note_recent(self) -> None:
-        for event in await self.store.get_all_recent_events(CAUGHT_UP):
-            self._note(event)
+        await self._each(self._note, CAUGHT_UP)
+
+    async def _each(self, take: Callable[[MonitorEvent], None], limit: int, **filters: Any) -> None:
+        """Take the newest events that match, page by page."""
+        for start in range(0, limit, PAGE):
+            page = await self.store.find_events(limit=min(PAGE, limit - start), **filters)
+            for event in page:
+                take(event)
+            if len(page) < PAGE:
+                return
+            filters["before"] = page[-1].cursor
 
     async def _note_after(self, when: int) -> None:
         async for event in self.store.iter_events(after=when):
@@ -224,16 +241,16 @@ class Monitor:
         """
         state, paths = news
         try:
+            # Before its events: what another daemon tells it in between is not taken back.
+            session = await self.store.get_session(session_id)
             known = self._states.pop(session_id, None)
             if known is None:
-                events = await self.store.get_events(session_id)
-                known = SessionState.of(*events)
-                paths |= {path for event in events if (path := usage_path(event))}
+                known, more = await self._stored_news(session_id)
+                paths |= more
             state |= known
             if len(self._states) >= KNOWN_SESSIONS:
                 self._states.clear()  # what is needed again is read again
             self._states[session_id] = state
-            session = await self.store.get_session(session_id)
             if session and (fields := state.updates(session)):
                 await self.store.update_session(session_id, **fields)
             for path in paths:
@@ -247,9 +264,29 @@ class Monitor:
             log.exception("session %s does not follow its events", ascii(session_id))
         return None
 
+    async def _stored_news(self, session_id: str) -> News:
+        """What the newest stored events of a session tell."""
+        state, paths = NO_NEWS
+
+        def take(event: MonitorEvent) -> None:
+            nonlocal state, paths
+            state |= SessionState.of(event)
+            paths |= {path} if (path := usage_path(event)) else frozenset()
+
+        await self._each(take, TOLD_BY, session_id=session_id)
+        return state, paths
+
     async def _count_tokens(self, session_id: str, path: str) -> None:
+        if path in self._stuck:
+            return
         with contextlib.suppress(OSError):  # somebody else's file: no reason to stumble
-            reading = await asyncio.to_thread(read_usage, path, self._offsets.get(path, 0))
+            read = asyncio.to_thread(read_usage, path, self._offsets.get(path, 0))
+            try:
+                reading = await asyncio.wait_for(read, READ_SECONDS)
+            except asyncio.TimeoutError:  # a file system that does not answer, which keeps a thread
+                self._stuck.add(path)
+                log.warning("%s: no more usage is read: nothing came in time", ascii(path))
+                return
             await self.store.save_usage(session_id, reading.usages)
             self._offsets[path] = reading.offset
 
@@ -331,7 +368,7 @@ def require_unused(path: Path) -> None:
         client.settimeout(1)
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             client.connect(str(path))
-            raise ConfigurationError(f"{path}: another daemon answers there")
+            raise ConfigurationError(f"{path}: another daemon answers there: stop it")
 
 
 def _listed(events: list[MonitorEvent]) -> list[dict[str, Any]]:

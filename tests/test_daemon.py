@@ -12,8 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -493,7 +494,7 @@ def test_sessions_that_ended_while_nobody_told_them_are_told_at_the_next_start(
     payloads = a_day(4, tools=1)
     ended = {p["session_id"] for p in payloads if p["hook_event_name"] == "SessionEnd"}
     store.save_events(
-        hook_event(payload, captured_at=T0 + n, machine_id="laptop")
+        hook_event(payload, captured_at=T0 + n, machine_id=socket.gethostname())
         for n, payload in enumerate(payloads)
     )
     busy = {"session_id": "busy", "hook_event_name": "Stop", "cwd": "/"}
@@ -502,6 +503,109 @@ def test_sessions_that_ended_while_nobody_told_them_are_told_at_the_next_start(
     )
     daemon.start()
     eventually(lambda: ended <= {one.session_id for one in store.get_sessions(status="completed")})
+
+
+def with_monitor(url: str, place: Path, work: Callable[[Monitor], Awaitable[None]]) -> None:
+    """Have a daemon's parts do something, its store open and nothing of it running."""
+
+    async def run() -> None:
+        monitor = Monitor(url, place / "inbox", place / "spool")
+        await monitor.store.init()
+        try:
+            await work(monitor)
+        finally:
+            await monitor.store.close()
+
+    asyncio.run(run())
+
+
+def stops(session_id: str, machine_id: str, count: int, **fields: Any) -> list[MonitorEvent]:
+    payload = {"session_id": session_id, "hook_event_name": "Stop", "cwd": "/", **fields}
+    return [hook_event(payload, captured_at=T0 + n, machine_id=machine_id) for n in range(count)]
+
+
+def test_a_start_looks_at_the_running_sessions_of_its_own_machine(
+    store: BaseStore, database: Database, tmp_path: Path
+) -> None:
+    store.save_events([*stops("here", socket.gethostname(), 1), *stops("there", "elsewhere", 1)])
+
+    async def look(monitor: Monitor) -> None:
+        await monitor._note_running()
+        assert monitor._news.keys() == {"here"}
+
+    with_monitor(database.url, tmp_path, look)
+
+
+def test_what_a_session_was_told_is_read_page_by_page(
+    store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = {"hook_event_name": "UserPromptSubmit", "prompt": "p", "session_title": "Early"}
+    store.save_events(stops("s", "m", 1, **early))
+    store.save_events(stops("s", "m", 130))
+    pages: list[int] = []
+    find = AsyncStore.find_events
+
+    async def counted(self: AsyncStore, **asked: Any) -> list[MonitorEvent]:
+        found = await find(self, **asked)
+        pages.append(len(found))
+        return found
+
+    monkeypatch.setattr(AsyncStore, "find_events", counted)
+
+    async def tell(monitor: Monitor) -> None:
+        assert await monitor._tell("s", monitor_daemon.NO_NEWS) is None
+
+    with_monitor(database.url, tmp_path, tell)
+    assert told(store, "s") == ("active", "Early", None, None)
+    assert pages == [50, 50, 31]
+
+
+def test_what_another_daemon_tells_a_session_meanwhile_is_not_taken_back(
+    store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_events(stops("s", "m", 1))
+    find = AsyncStore.find_events
+
+    async def then_end(self: AsyncStore, **asked: Any) -> list[MonitorEvent]:
+        found = await find(self, **asked)
+        store.update_session("s", status="completed", end_time=T0 + 1)
+        return found
+
+    monkeypatch.setattr(AsyncStore, "find_events", then_end)
+
+    async def tell(monitor: Monitor) -> None:
+        assert await monitor._tell("s", monitor_daemon.NO_NEWS) is None
+
+    with_monitor(database.url, tmp_path, tell)
+    assert told(store, "s")[0] == "completed"
+
+
+def test_a_transcript_that_does_not_answer_keeps_no_session_waiting(
+    store: BaseStore,
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store.save_events(stops("s", "m", 1))
+    answers, asked = threading.Event(), 0
+
+    def hang(*_: Any) -> None:
+        nonlocal asked
+        asked += 1
+        answers.wait(60)
+
+    monkeypatch.setattr(monitor_daemon, "read_usage", hang)
+    monkeypatch.setattr(monitor_daemon, "READ_SECONDS", 0.1)
+
+    async def count(monitor: Monitor) -> None:
+        for _ in range(2):
+            await monitor._count_tokens("s", "/net/gone/t.jsonl")
+        answers.set()
+
+    with_monitor(database.url, tmp_path, count)
+    assert asked == 1
+    assert "/net/gone/t.jsonl" in caplog.text
 
 
 def test_without_options_the_inbox_is_the_one_that_hooks_use(alone: Daemon) -> None:
