@@ -110,7 +110,14 @@ class Administrator(Protocol):
         ...
 
     def rotate(self, name: str, password: str) -> None:
-        """Give a new password to `next_login_of`, while the newest until now goes on working."""
+        """Give a new password to `next_login_of`, while the newest until now goes on working.
+
+        What was valid before that one ends: see `has_old`.
+        """
+        ...
+
+    def has_old(self, name: str) -> bool:
+        """Whether what was valid before the last rotation still is: the next would end it."""
         ...
 
     def discard_old(self, name: str) -> bool:
@@ -155,7 +162,7 @@ def provide(
 
     With `reset` the database is dropped first; with `rotate` accounts that are there get new
     passwords. Raises ConfigurationError before anything is done if a password could not be kept, or
-    an account cannot get a new one.
+    an account cannot get a new one without ending one that may be in use.
     """
     names = administrator.names
     administrator.check_names()
@@ -166,6 +173,13 @@ def provide(
     if rotate:  # before the first account has a new password
         for user in logins.values():
             administrator.next_login_of(user)
+            # After a rotation that ended half-way it is the older one that programs use.
+            if administrator.has_old(user):
+                raise ConfigurationError(
+                    f"--rotate: {user} has two valid passwords already, and one of them would end; "
+                    "nothing was changed: once every program uses the newest, end the other with "
+                    "--discard-old, then rotate"
+                )
     if reset and administrator.has_database():
         administrator.drop_database()
         yield Step("database", f"{names.database} dropped with all its data", changed=True)

@@ -523,8 +523,8 @@ names the database that PostgreSQL's administrator logs in to (postgres). The ad
 password comes from there (MYSQL_PWD, PGPASSWORD, ~/.pgpass), or is asked for on a terminal.
 
 Setting up again changes nothing that is there. After --rotate the old passwords stay valid until
---discard-old, or until the next --rotate: MySQL's accounts have two passwords then; in PostgreSQL
-the roles NAME and NAME_2 take turns, so the application's URL changes its user, too."""
+--discard-old, and until then --rotate is refused: MySQL's accounts have two passwords meanwhile; in
+PostgreSQL the roles NAME and NAME_2 take turns, so the application's URL changes its user, too."""
 
 
 def _add_setup(parser: argparse.ArgumentParser) -> None:

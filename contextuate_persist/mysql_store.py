@@ -2867,8 +2867,11 @@ class MySQLAdministrator:
     def rotate(self, name: str, password: str) -> None:
         self._run(SET_PASSWORD, login=_account(name), password=literal(password).decode())
 
+    def has_old(self, name: str) -> bool:
+        return self._found(SELECT_DOUBLE_LOGIN, name)
+
     def discard_old(self, name: str) -> bool:
-        if not self._found(SELECT_DOUBLE_LOGIN, name):
+        if not self.has_old(name):
             return False
         self._run(DISCARD_OLD_PASSWORD, login=_account(name))
         return True

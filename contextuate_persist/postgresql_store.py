@@ -3236,12 +3236,14 @@ class PostgreSQLAdministrator:
                 account, login = sql.Identifier(name), sql.Identifier(chosen)
                 self._run(JOIN_ACCOUNT, account=account, login=login)
 
+    def has_old(self, name: str) -> bool:
+        return bool(self._old_logins(name))
+
     def discard_old(self, name: str) -> bool:
-        *old, _ = sorted(self._logins(name))
-        valid = [login for _, login, may_log_in in old if may_log_in]
-        for login in valid:
+        old = self._old_logins(name)
+        for login in old:
             self._run(END_LOGIN, login=sql.Identifier(login))
-        return bool(valid)
+        return bool(old)
 
     def grant(self) -> bool:
         with self._opened("")._connect() as connection:  # noqa: SLF001  (a store's other half)
@@ -3277,6 +3279,10 @@ class PostgreSQLAdministrator:
         self._run(statement, login=login, password=sql.Literal(secret.decode()))
         text = f"password of {datetime.now(timezone.utc).isoformat(timespec='microseconds')}"
         self._run(COMMENT_ON_LOGIN, login=login, text=sql.Literal(text))
+
+    def _old_logins(self, name: str) -> list[str]:
+        older = sorted(self._logins(name))[:-1]
+        return [login for _, login, may_log_in in older if may_log_in]
 
     def _logins(self, name: str) -> list[tuple[str, str, bool]]:
         """The roles that log in for an account, by when their password was set."""

@@ -503,9 +503,8 @@ def test_before_15_the_schema_public_is_closed(
 
 def test_passwords_rotate_without_an_outage(run: Setup) -> None:
     assert run()[0] == 0
-    with open_store(run.url(), pool_size=2) as running:
-        running.save_event(event("a"))
-        for turn in range(1, 4):
+    for turn in range(1, 4):  # whoever was discarded has a turn again
+        with open_store(run.url(), pool_size=2) as running:
             status, out, err = run("--rotate")
             assert (status, err) == (0, "")
             assert "stays valid" in out
@@ -513,22 +512,56 @@ def test_passwords_rotate_without_an_outage(run: Setup) -> None:
             running.save_event(event("a"))
             for index in (-2, -1):
                 with open_store(run.url(index=index)) as store:
-                    assert len(store.get_events("a")) == 1 + turn
+                    assert len(store.get_events("a")) == turn
                     assert [one.level for one in store.check() if one.check == "privileges"] == [
                         Level.OK
                     ]
-    status, out, _ = run()
-    assert "nothing was changed" in out, out
-    assert run.url().partition("//")[2].partition(":")[0] in run.seen[-2]  # who logs in now
-    status, out, _ = run("--discard-old")
-    assert (status, out.count("only its newest password")) == (0, 2)
-    with pytest.raises(StoreRefused):
-        open_store(run.url(index=-2)).init()
-    open_store(run.url()).init()
-    assert "none" in run("--discard-old")[1]
-    assert run("--rotate")[0] == 0  # whoever was discarded has a turn again
-    with open_store(run.url()) as store:
-        assert len(store.get_events("a")) == 4
+        status, out, _ = run()
+        assert "nothing was changed" in out, out
+        assert run.url().partition("//")[2].partition(":")[0] in run.seen[-2]  # who logs in now
+        status, out, _ = run("--discard-old")
+        assert (status, out.count("only its newest password")) == (0, 2)
+        with pytest.raises(StoreRefused):
+            open_store(run.url(index=-2)).init()
+        open_store(run.url()).init()
+        assert "none" in run("--discard-old")[1]
+
+
+def test_rotating_again_ends_no_password_that_may_be_in_use(
+    run: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run()[0] == 0
+    keep = setup.Keeper.keep
+
+    def end_half_way(self: setup.Keeper, account: Account) -> None:
+        if account.purpose == "read-only":
+            raise ConfigurationError("the disk is full")
+        keep(self, account)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup.Keeper, "keep", end_half_way)
+        assert "disk is full" in run("--rotate")[2]
+    held = run.passwords.read_text()
+    for _ in range(2):
+        status, out, err = run("--rotate")
+        assert (status, err.count("\n"), "+" in out) == (1, 1, False)
+        assert f"monitor_user_{run.environment} has two valid passwords" in err
+        assert "--discard-old" in err
+    assert run.passwords.read_text() == held
+    for purpose, index in (("application", 0), ("application", 1), ("read-only", 0)):
+        open_store(run.url(purpose, index)).init()
+    # A new one that was lost, replaced as the guide says.
+    lost = [one for one in run.accounts() if one["purpose"] == "application"][-1]
+    change = "ALTER ROLE \"{}\" PASSWORD 'by-hand'"
+    if run.backend == "mysql":
+        change = "ALTER USER '{}'@'%' IDENTIFIED BY 'by-hand'"
+    run.server.execute(change.format(lost["user"]))
+    for url in (run.url(index=0), run.url().replace(lost["password"], "by-hand")):
+        open_store(url).init()
+    assert run("--discard-old")[1].count("only its newest password") == 1
+    assert run("--rotate")[0] == 0
+    for purpose in ("application", "read-only"):
+        open_store(run.url(purpose)).init()
 
 
 @pytest.mark.only("postgresql")
