@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -1886,6 +1885,15 @@ SET_PASSWORD = "ALTER ROLE {login} LOGIN PASSWORD {password}"  # noqa: S105
 
 END_LOGIN = "ALTER ROLE {login} NOLOGIN PASSWORD NULL"
 
+# By the server's clock: administrators' own may differ, and the newest login would not be last.
+SELECT_COMMENT = """
+SELECT
+    to_char(
+        clock_timestamp() AT TIME ZONE 'UTC',
+        '"password of "YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'
+    )
+"""
+
 COMMENT_ON_LOGIN = "COMMENT ON ROLE {login} IS {text}"
 
 # The other login of an account has its privileges as a member.
@@ -3277,7 +3285,7 @@ class PostgreSQLAdministrator:
         secret = pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256")
         login = sql.Identifier(name)
         self._run(statement, login=login, password=sql.Literal(secret.decode()))
-        text = f"password of {datetime.now(timezone.utc).isoformat(timespec='microseconds')}"
+        [(text,)] = self._connection.execute(SELECT_COMMENT).fetchall()
         self._run(COMMENT_ON_LOGIN, login=login, text=sql.Literal(text))
 
     def _old_logins(self, name: str) -> list[str]:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -580,6 +581,30 @@ def test_a_rotation_that_ends_half_way_leaves_nothing_behind(
     assert run("--discard-old")[0] == 0
     with open_store(run.url()) as store:
         assert len(store.get_events("s")) == 1
+
+
+@pytest.mark.only("postgresql")
+def test_which_login_is_newest_is_told_by_the_servers_clock(
+    run: Setup, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Late:
+            return cls(2001, 1, 1, tzinfo=tz)
+
+    assert run()[0] == 0
+    with monkeypatch.context() as patch:  # another administrator's machine
+        patch.setattr(postgresql_store, "datetime", Late, raising=False)
+        assert run("--rotate")[0] == 0
+    assert run("--discard-old")[0] == 0
+    open_store(run.url()).init()
+    comments = run.execute(
+        "SELECT shobj_description(oid, 'pg_authid') FROM pg_roles "
+        f"WHERE rolname LIKE 'monitor_user_{run.environment}%'"
+    )
+    for (comment,) in comments:
+        told = datetime.fromisoformat(comment.removeprefix("password of "))
+        assert abs(datetime.now(timezone.utc) - told) < timedelta(minutes=5)
 
 
 @pytest.mark.only("postgresql")
