@@ -1907,6 +1907,25 @@ CLOSE_SCHEMA = (
     "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
 )
 
+# What there is besides once events is partitioned, or while it is being so. Who reads events needs
+# no privilege on its partitions, but pg_dump reads each; those made later are open by themselves.
+SELECT_PARTITIONED_TABLES = """
+SELECT c.relname
+FROM pg_class AS c
+WHERE c.relnamespace = to_regnamespace(quote_ident(current_schema()))
+    AND (
+        c.relname IN (
+            'event_ids', 'events_partitioned', 'events_retired', 'events_replaced',
+            'events_unpartitioned'
+        )
+        OR c.oid IN (
+            SELECT i.inhrelid
+            FROM pg_inherits AS i
+            WHERE i.inhparent IN (to_regclass('events'), to_regclass('events_partitioned'))
+        )
+    )
+"""
+
 # As the owner, who may grant nothing on what extensions have in the same schema. Tables of later
 # migrations are open to the accounts by themselves.
 GRANT_PARTITIONED_ACCESS: tuple[LiteralString, ...] = (
@@ -3263,9 +3282,7 @@ class PostgreSQLAdministrator:
             with connection.transaction():
                 for statement in GRANT_ACCESS:
                     connection.execute(sql.SQL(statement).format(**self._identifiers))
-                # The second is there while events is copied, and then takes its place.
-                names = {"names": ["event_ids", "events_partitioned"]}
-                for (name,) in connection.execute(SELECT_TABLES, names).fetchall():
+                for (name,) in connection.execute(SELECT_PARTITIONED_TABLES).fetchall():
                     words = {**self._identifiers, "table": sql.Identifier(name)}
                     for statement in GRANT_PARTITIONED_ACCESS:
                         connection.execute(sql.SQL(statement).format(**words))

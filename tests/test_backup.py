@@ -311,6 +311,51 @@ def test_the_accounts_that_setup_makes_back_up_and_its_database_takes_it(
                 server.drop_login(role)
 
 
+def test_setup_after_a_partitioned_restore_lets_its_accounts_back_up(
+    server: servers.Server, tmp_path: Path
+) -> None:
+    """What was partitioned before there were privileges is open like what comes after."""
+    drops = []
+    try:
+        for round_ in ("one", "two"):
+            names = Names().of(f"{round_}_{random.randrange(10**6)}")
+            drops.append(names)
+            keeper = Keeper()
+            url = server.url("postgres" if server.kind == "postgresql" else "mysql")
+            with open_store(url).administer(names) as administrator:
+                owner = administrator.owner_store()
+                if round_ == "two":
+                    administrator.create_owner()
+                    administrator.create_database()
+                    restore(owner, tmp_path / "one")
+                list(accounts.provide(administrator, keeper))
+                if round_ == "one":
+                    owner.partition_events("month")
+                    owner.discard_unpartitioned()
+                again = list(accounts.provide(administrator, keeper))
+                assert not any(step.changed for step in again)
+            account = keeper.kept["application"]
+            with make_store(
+                server.url(names.database, account.user, account.password)
+            ) as application:
+                application.save_event(event(round_))
+            account = keeper.kept["read-only"]
+            with make_store(server.url(names.database, account.user, account.password)) as reader:
+                backup(reader, tmp_path / round_)
+            if server.kind == "postgresql":
+                rights = (
+                    "SELECT DISTINCT relacl::text FROM pg_class "
+                    "WHERE relname LIKE 'events%' AND relkind IN ('r', 'p')"
+                )
+                owner.partition_events("month", ahead=24)
+                assert len(server.execute(rights, names.database)) == 1
+    finally:
+        for names in drops:
+            server.drop_database(names.database)
+            for role in (names.application, names.reader, names.owner):
+                server.drop_login(role)
+
+
 def test_a_backup_sees_one_moment_while_writers_go_on(
     database: Database, store: BaseStore, target: Callable[[], Database], tmp_path: Path
 ) -> None:

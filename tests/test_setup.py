@@ -331,6 +331,7 @@ def test_setting_up_a_partitioned_database_changes_only_what_is_asked_for(run: S
     check_accounts(run, *every, ("application", 2), ("read-only", 2))
     with open_store(run.url()) as store:
         assert store.get_events("kept") == [kept]
+        assert store.forget(session_id="kept").events == 1  # and in the old table
     assert [one.name for one in owner.partitions()] == [one.name for one in layout]
     forget_accounts(run)
 
