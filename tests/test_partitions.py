@@ -941,6 +941,56 @@ def test_the_sql_of_pruning_leaves_no_ids(partitioned: Database) -> None:
     assert len(check_whole(partitioned)) == 1
 
 
+class Clock:
+    """Time that goes on only when it is slept or tried through."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+class Refusals:
+    """A session whose tries all fail, for a reason that passes."""
+
+    place = "here"
+
+    def passing(self, error: Exception) -> bool:
+        return isinstance(error, TimeoutError)
+
+
+def test_others_have_most_of_the_time_in_which_a_lock_is_asked_for_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(partitions, "time", clock)
+    session: Any = Refusals()
+
+    def work(lasting: list[float]) -> str:
+        if not lasting:
+            return "done"
+        clock.now += lasting.pop(0)
+        raise TimeoutError
+
+    left = [0.0, 0.01, 0.1, 1.0, 5.0, 5.0, 10.0]
+    assert partitions._patiently(session, lambda: work(left)) == "done"
+    assert all(0.1 <= pause <= 0.6 for pause in clock.pauses[:2])
+    assert clock.pauses[3:] == pytest.approx([5.0, 25.0, 25.0, 50.0])
+    # A long one is no reason for a pause of many minutes, and there is an end to all patience.
+    begun = clock.now
+    left = [100.0, 5.0] * 9
+    with pytest.raises(TimeoutError):
+        partitions._patiently(session, lambda: work(left))
+    assert clock.pauses[7:] == pytest.approx([60.0, 25.0, 60.0])
+    assert 300 < clock.now - begun < 400
+
+
 # --- The calendar ---------------------------------------------------------------------------------
 
 
@@ -1321,6 +1371,7 @@ def test_what_others_do_between_the_two_steps_of_a_drop_on_mysql_costs_no_event(
             return locked(session, statement)
 
         monkeypatch.setattr(MySQLPartitions, "_locked", come_between)
+        monkeypatch.setattr(partitions, "_PAUSE_PER_TRY", 0)
         dropped = partitioned.owner().drop_partitions(month(32))
         assert len(dropped.partitions) == 1
         assert len(calls) == (1 if what == "writer" else 2)
