@@ -1248,7 +1248,7 @@ WHERE session_id = %(session_id)s AND timestamp = %(timestamp)s AND seq = %(seq)
 LOCK_FOR_SWITCH = b"""
 LOCK TABLES
     events WRITE, events AS e WRITE, events_partitioned WRITE, events_partitioned AS p WRITE,
-    event_ids_new WRITE, sessions AS s READ, schema_version WRITE
+    event_ids_new WRITE, event_ids_new AS i WRITE, sessions AS s READ, schema_version WRITE
 """
 
 # In one step, so that at no moment, whoever is killed, a table is missing; and only now is there a
@@ -2577,6 +2577,7 @@ class MySQLPartitions:
         # What stops writers while it waits must not wait for long.
         connection.cmd_query(b"SET SESSION lock_wait_timeout = 1")
         connection.cmd_query(READ_FRESH_STATISTICS)
+        self._left = 0  # what was copied last of all
         # At once, since it is refused to every account that should not do this either.
         connection.cmd_query(CREATE_COPIED_SESSIONS)
 
@@ -2670,12 +2671,17 @@ class MySQLPartitions:
         self._connection.cmd_query(b"SET autocommit = 0")
         try:
             with self._locked(LOCK_FOR_SWITCH):
+                # What is copied stays if the swap has to wait for who reads sessions, which are
+                # not locked against that: the next try goes on behind it.
+                after = max(after, self.copied())
                 last = int(_execute(self._connection, SELECT_LAST_SEQ)[0][0])
+                _execute_write(self._connection, NOTE_SESSIONS, {"after": after, "upto": last})
                 copied = self._copy_chunk(after, last)
                 gone = [row[0] for row in _execute(self._connection, SELECT_GONE_SESSIONS)]
                 if gone:
                     self._purge(gone)
                 self._connection.cmd_query(b"COMMIT")
+                self._left += copied
                 go_on = GO_ON_COUNTING.format(next_seq=_next_seq(self._connection, "events"))
                 self._connection.cmd_query(go_on.encode())
                 self._connection.cmd_query(SWAP_TABLES)
@@ -2683,7 +2689,7 @@ class MySQLPartitions:
                 self._connection.cmd_query(b"COMMIT")
         finally:
             self._connection.cmd_query(b"SET autocommit = 1")
-        return copied
+        return self._left
 
     def record_layout(self) -> None:
         self._connection.cmd_query(RECORD_LAYOUT)

@@ -450,6 +450,57 @@ def test_what_is_deleted_after_both_tables_were_compared_stays_deleted(
     assert check_whole(plain) == hexes(left + others)
 
 
+@pytest.mark.only("mysql")
+@pytest.mark.parametrize("meanwhile", ["nothing", "deleted", "anew"])
+def test_the_last_step_is_repeated_while_somebody_is_idle_who_has_read_sessions(
+    plain: Database, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """Such a lock lets the last events be copied, which is committed, and not the tables swapped.
+
+    PostgreSQL does both in one transaction.
+    """
+    before = [event("s", RECENT + n) for n in range(20)]
+    late = [event(name, RECENT + 100 + n) for name in "st" for n in range(5)]
+    left = {"nothing": late, "deleted": late[:5], "anew": [*late[:5], *late[6:8]]}[meanwhile]
+    verify = partitions._verify
+    idle = plain.server._connect(plain.name)
+    refused: list[Exception] = []
+    with make_store(plain.url) as store:
+        store.save_events(before)
+
+        def verify_then_store(session: partitions.PartitionSession) -> tuple[int, int]:
+            verified = verify(session)
+            store.save_events(late)
+            cursor = idle.cursor()
+            cursor.execute("BEGIN")
+            cursor.execute("SELECT COUNT(*) FROM sessions")
+            cursor.fetchall()
+            switch = session.switch
+
+            def switch_or_let_go(after: int) -> int:
+                try:
+                    return switch(after)
+                except Exception as error:
+                    refused.append(error)
+                    if meanwhile != "nothing":
+                        store.delete_session("t")
+                    if meanwhile == "anew":
+                        store.save_events(late[6:8], undelete=True)
+                    idle.close()
+                    raise
+
+            monkeypatch.setattr(session, "switch", switch_or_let_go)
+            return verified
+
+        monkeypatch.setattr(partitions, "_verify", verify_then_store)
+        monkeypatch.setattr(partitions, "_PAUSE_PER_TRY", 0)
+        done = plain.owner().partition_events()
+        assert len(refused) == 1
+        assert store.save_event(event("s", RECENT + 200, id=late[0].id)) is False
+    assert done.copied == len(before) + len(late) + 2 * (meanwhile == "anew")
+    assert check_whole(plain) == hexes(before + left)
+
+
 def test_what_an_earlier_run_has_copied_of_a_session_that_is_gone_does_not_stay(
     plain: Database,
 ) -> None:
