@@ -1620,8 +1620,8 @@ WHERE c.relkind IN ('r', 'p', 'v')
 ORDER BY 1
 """
 
-# What gives out seq belongs to events, or where that is partitioned to event_ids. Who may not use
-# it is not told where it stands, and needs to know no more than what is in the table.
+# Who may not use it is not told where it stands, and needs to know no more than what is in the
+# table.
 SELECT_SEQUENCE = """
 SELECT
     '"' || replace(n.nspname, '"', '""') || '"."' || replace(c.relname, '"', '""') || '"',
@@ -1632,8 +1632,7 @@ JOIN pg_class AS c ON c.oid = d.objid
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 LEFT JOIN pg_sequences AS p ON p.schemaname = n.nspname AND p.sequencename = c.relname
 WHERE d.classid = 'pg_class'::regclass
-    AND d.refobjid IN (to_regclass('events'), to_regclass('event_ids'))
-    AND a.attname = 'seq' AND c.relkind = 'S'
+    AND d.refobjid = to_regclass(%(table)s) AND a.attname = 'seq' AND c.relkind = 'S'
 """
 
 SELECT_CONTENTS = """
@@ -2842,12 +2841,16 @@ class PostgreSQLSnapshot:
 
     def contents(self) -> Contents:
         found = schema.require_version(_read_version(self._connection), self._place)
-        tables = self._connection.execute(SELECT_OURS, {"names": OUR_TABLES}).fetchall()
+        # A conversion that is not through yet has made event_ids, which the plain layout lacks.
+        partitioned = found.layout == "partitioned"
+        names = [name for name in OUR_TABLES if partitioned or name != "event_ids"]
+        tables = self._connection.execute(SELECT_OURS, {"names": names}).fetchall()
         query = SELECT_CONTENTS.format(hash=HASH.format(columns="d.session_id, d.deleted_at"))
         row = self._connection.execute(query.encode()).fetchall()[0]
-        sequence, next_seq = self._connection.execute(SELECT_SEQUENCE).fetchall()[0]
+        table = {"table": "event_ids" if partitioned else "events"}
+        sequence, next_seq = self._connection.execute(SELECT_SEQUENCE, table).fetchall()[0]
         ids: tuple[Any, ...] = (0, 0)
-        if any(name.endswith('"event_ids"') for name, _ in tables):
+        if partitioned:
             query = SELECT_IDS.format(hash=HASH.format(columns="i.id, i.seq, i.timestamp"))
             ids = self._connection.execute(query.encode()).fetchall()[0]
         return Contents(

@@ -889,6 +889,36 @@ def test_a_backup_of_partitions_is_restored_and_goes_on_as_before(
         assert told_of[check].level is Level.OK, str(told_of[check])
 
 
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("as_owner", [False, True])
+@pytest.mark.parametrize("schema_first", [False, True])
+def test_a_backup_during_a_conversion_is_one_of_the_plain_layout(
+    plain: Database, empty_database: Database, tmp_path: Path, as_owner: bool, schema_first: bool
+) -> None:
+    events = [event("s", RECENT + n) for n in range(20)]
+    with make_store(plain.url) as store:
+        store.save_events(events)
+    with plain.owner()._partition_session(60) as half_way:
+        half_way.prepare(partitions.periods("month", RECENT, RECENT + DAY))
+        half_way.copy(0, half_way.watermark(), 7)
+    # The application's account may not ask a sequence.
+    with make_store(plain.owner_url if as_owner else plain.url) as store:
+        contents = backup(store, tmp_path / "backup").contents
+    assert (contents.layout, contents.events, contents.ids) == ("plain", len(events), 0)
+    if schema_first:
+        empty_database.owner().apply_schema()
+    restore(empty_database.owner(), tmp_path / "backup")
+    new = event("s", RECENT + 100)
+    with make_store(empty_database.url) as store:
+        assert store.get_events("s") == events
+        assert store.save_event(new)
+        assert empty_database.owner().partition_events().copied == len(events) + 1
+        assert store.save_events([*events, new]) == 0
+    assert check_whole(empty_database) == hexes([*events, new])
+    assert plain.owner().partition_events().converted
+    assert check_whole(plain) == hexes(events)
+
+
 @pytest.mark.only("postgresql")
 def test_a_backup_that_begins_while_partitions_are_added_has_the_events_that_move(
     partitioned: Database,
