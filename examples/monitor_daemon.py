@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -396,7 +397,10 @@ if __name__ == "__main__":
     for name, default in places.items():
         parser.add_argument(name, type=Path, default=default)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    given = parser.parse_args()
+    if given.url and re.search(r"//[^/@]*:[^/@]+@|[?&]password=", given.url):
+        log.warning("everybody can see the password: put the URL into CONTEXTUATE_DATABASE_URL")
     try:
-        sys.exit(asyncio.run(main(parser.parse_args())))
+        sys.exit(asyncio.run(main(given)))
     except (PersistenceError, OSError) as error:
         sys.exit(f"monitor_daemon: {error}")

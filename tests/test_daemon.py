@@ -608,6 +608,28 @@ def test_a_transcript_that_does_not_answer_keeps_no_session_waiting(
     assert "/net/gone/t.jsonl" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "url", ["postgresql://u:s3cret@127.0.0.1:1/x", f"{NOWHERE}&password=s3cret"]
+)
+def test_a_password_on_the_command_line_is_warned_of_and_not_repeated(
+    tmp_path: Path, url: str
+) -> None:
+    # No directory can be made below a file, so that it ends at once.
+    (tmp_path / "file").touch()
+    places = {"inbox": tmp_path / "i", "spool": tmp_path / "p", "socket": tmp_path / "file" / "s"}
+    options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "monitor_daemon.py"), "--url", url, *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "WARNING everybody can see the password" in done.stderr
+    assert "s3cret" not in done.stderr
+
+
 def test_without_options_the_inbox_is_the_one_that_hooks_use(alone: Daemon) -> None:
     place = alone.place / "hooks"
     inbox.leave(place, file_of(a_day(1)[0], T0))
