@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
-from contextuate_persist import payload, schema, tls
+from contextuate_persist import partitions, payload, schema, tls
 from contextuate_persist.errors import SchemaError
 
 #: Rows of an answer; None where the server does not tell this account.
@@ -311,7 +311,25 @@ def _free(directory: str) -> int | None:
         return None
 
 
+def _beside(seen: Seen) -> Iterator[Finding]:
+    """What a command that makes or drops partitions has aside, or has left there."""
+    rows = seen.answers["beside"] or []
+    if any(at_work for _, at_work in rows):
+        yield from _ok("partitions", "they are being made or dropped just now")
+        return
+    advice = "run `contextuate-persist partition` again, as the database's owner"
+    for name, _ in rows:
+        if name == partitions.RETIRED:
+            message = f"a drop was interrupted: its events lie in {name}, where no reader sees them"
+            again = "run `contextuate-persist maintain monthly` or `prune` as the database's owner"
+            yield Finding("partitions", Level.PROBLEM, message, again)
+        else:
+            message = f"making or dropping them was interrupted: it has left {name}"
+            yield Finding("partitions", Level.WARNING, message, advice)
+
+
 def _partitions(seen: Seen) -> Iterator[Finding]:
+    yield from _beside(seen)
     rows = seen.answers.get("partitions")
     if not rows:
         return  # one table

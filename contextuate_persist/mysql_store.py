@@ -1490,6 +1490,17 @@ CHECKS = {
             AND p.partition_name IS NOT NULL
         HAVING COUNT(*) > 0
     """,
+    # The tables beside, and whether somebody who may be at work with them has the schema lock.
+    "beside": """
+        SELECT
+            t.table_name,
+            IS_USED_LOCK(
+                CONCAT('contextuate_schema_', LEFT(SHA2(DATABASE(), 256), 40))
+            ) IS NOT NULL
+        FROM information_schema.tables AS t
+        WHERE t.table_schema = DATABASE()
+            AND t.table_name IN ('events_partitioned', 'events_retired')
+    """,
     # Needs PROCESS. The names are as in the file system, so of plain databases only.
     "statistics": """
         SELECT SUBSTRING_INDEX(t.name, '/', -1), t.num_rows, t.modified_counter

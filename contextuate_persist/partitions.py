@@ -436,6 +436,8 @@ def require(session: PartitionSession) -> None:
 def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     """Add the partitions that are missing up to so many after the present one; their names."""
     require(session)
+    if session.has_retired():  # of a drop that was killed: only the next one deletes
+        _finish(session, _NONE)
     partitions = session.read_partitions()
     by = unit_of(partitions) or "month"
     now = _now()

@@ -997,6 +997,9 @@ WHERE s.name IN (
 )
 """
 
+# Any number will do, as long as nobody else takes this one.
+SCHEMA_LOCK = 7_206_338_812_094_461
+
 LOCK_SCHEMA = "SELECT pg_try_advisory_lock(%(key)s)"
 
 SET_SESSION = """
@@ -1543,6 +1546,20 @@ CHECKS = {
         WHERE i.inhparent = to_regclass('events')
         HAVING count(*) > 0
     """,
+    # The tables beside, and whether somebody who may be at work with them has the schema lock.
+    "beside": f"""
+        SELECT t.name, EXISTS (
+            SELECT FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database
+            WHERE d.datname = current_database()
+                AND l.locktype = 'advisory'
+                AND l.granted
+                AND (l.classid::bigint << 32) + l.objid::bigint = {SCHEMA_LOCK}
+        )
+        FROM unnest(
+            '{{events_partitioned, events_retired, events_replaced}}'::text[]
+        ) AS t (name)
+        WHERE to_regclass(t.name) IS NOT NULL
+    """,
     "statistics": """
         SELECT s.relname, s.n_live_tup, s.n_mod_since_analyze
         FROM pg_stat_user_tables AS s
@@ -1968,9 +1985,6 @@ COPY_ROWS = 10
 
 #: Of a lock that may be free, or a deadlock that may not come again.
 PASSING_FAULTS = (Fault.CONFLICT, Fault.TIMEOUT, Fault.BUSY)
-
-# Any number will do, as long as nobody else takes this one.
-SCHEMA_LOCK = 7_206_338_812_094_461
 
 
 class RawJson(Loader):

@@ -1687,6 +1687,78 @@ def test_nothing_is_archived_copied_or_backed_up_while_events_lie_aside(
     other.drop()
 
 
+def told_of_partitions(database: Database) -> list[tuple[Level, str]]:
+    with make_store(database.url) as store:
+        found = [one for one in maintain(store, "daily") if one.check == "partitions"]
+        assert [one for one in store.check() if one.check == "partitions"] == found
+    return [(one.level, str(one)) for one in found]
+
+
+def told_after_a_kill(database: Database) -> tuple[Level, str]:
+    """The first of them, once the server has noticed that the command is gone."""
+    deadline = time.monotonic() + 10
+    while "just now" in (told := told_of_partitions(database)[0])[1]:
+        assert time.monotonic() < deadline
+    return told
+
+
+@pytest.mark.parametrize("again", ["partition", "maintain monthly", "prune"])
+def test_a_drop_that_was_interrupted_is_a_problem_until_it_is_done_again(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    meanwhile: list[tuple[Level, str]] = []
+
+    def stop(*_: Any) -> Any:
+        meanwhile.extend(told_of_partitions(partitioned))
+        raise KeyboardInterrupt
+
+    with make_store(partitioned.url) as store, partitioned.owner() as owner:
+        store.save_sessions([ended("a", 5), ended("b", 6)])
+        store.save_events([event(name, month(6)) for name in "ab" for _ in range(5)])
+        with monkeypatch.context() as patch:
+            patch.setattr(partitions, "_finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                partitioned.owner().drop_partitions(month(32))
+        assert meanwhile[0] == (Level.OK, "they are being made or dropped just now")
+        assert store.get_events("a") == []
+        level, told = told_after_a_kill(partitioned)
+        assert level is Level.PROBLEM
+        assert "no reader sees them" in told
+        assert "`contextuate-persist maintain monthly` or `prune` as the database's owner" in told
+        if again == "prune":
+            owner.drop_partitions(month(32))
+        else:
+            if again == "partition":
+                owner.partition_events(ahead=1)
+            else:
+                maintain(owner, "monthly")
+            assert [len(store.get_events(name)) for name in "ab"] == [5, 5]
+        assert Level.PROBLEM not in [level for level, _ in told_of_partitions(partitioned)]
+    check_whole(partitioned)
+
+
+def test_a_conversion_that_was_interrupted_is_warned_of(
+    plain: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meanwhile: list[tuple[Level, str]] = []
+
+    def stop(*_: Any) -> Any:
+        meanwhile.extend(told_of_partitions(plain))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partitions, "_copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            plain.owner().partition_events("month", ahead=1)
+    assert meanwhile == [(Level.OK, "they are being made or dropped just now")]
+    level, told = told_after_a_kill(plain)
+    assert level is Level.WARNING
+    assert "events_partitioned: run `contextuate-persist partition` again" in told
+    plain.owner().partition_events("month", ahead=1)
+    # The old table, that is kept on purpose, is no reason to warn.
+    assert [level for level, _ in told_of_partitions(plain)] == [Level.OK]
+
+
 # --- Plans ----------------------------------------------------------------------------------------
 
 
