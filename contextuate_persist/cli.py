@@ -40,6 +40,7 @@ from contextuate_persist.console import (
     terminal_width,
     without_passwords,
 )
+from contextuate_persist.doctor import Level
 from contextuate_persist.errors import ConfigurationError, PersistenceError, SessionNotFound
 from contextuate_persist.model import MonitorEvent
 from contextuate_persist.transfer import ImportReport, import_path
@@ -294,6 +295,10 @@ def _partition(args: argparse.Namespace) -> int:
             done = store.partition_events(args.by, ahead=args.ahead, progress=bar)
         finally:
             bar.clear()
+        found = [one for one in store.check() if one.check == "partitions"]
+    for one in found:
+        if one.level is not Level.OK:
+            tell(f"warning: {one}")
     if args.json:
         show_json([{_camel(name): value for name, value in dataclasses.asdict(done).items()}])
         return 0

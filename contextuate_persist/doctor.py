@@ -32,6 +32,7 @@ STALE_ROWS = 10_000
 STALE_PART = 0.3
 PREPARED_SECONDS = 60
 PARTITIONS_SECONDS = 2 * 86_400
+LOCKS_STEP = 64  # what there is by default
 FREE_WARNING = 1024 * MiB
 FREE_PROBLEM = 100 * MiB
 
@@ -68,6 +69,7 @@ class Seen:
     supported: tuple[int, int]  # the oldest and the newest major version that was tested
     driver: str
     implementation: str
+    pool_size: int
     latency_ms: float
     clock_ms: float  # how far the server's clock is ahead of ours
     version: schema.SchemaVersion | None
@@ -328,8 +330,24 @@ def _beside(seen: Seen) -> Iterator[Finding]:
             yield Finding("partitions", Level.WARNING, message, advice)
 
 
+def _locks(seen: Seen) -> Iterator[Finding]:
+    """Whether the server has room for the locks of as many reads at once as the pool allows."""
+    for each, per_transaction, transactions in seen.answers["locks"] or []:
+        needed = each * seen.pool_size
+        if needed <= per_transaction * transactions:
+            continue
+        message = (
+            f"a read of a session takes {each:,} locks, {seen.pool_size} at once {needed:,}: the "
+            f"server has room for {per_transaction * transactions:,}, and may refuse some"
+        )
+        enough = -(-needed // (transactions * LOCKS_STEP)) * LOCKS_STEP
+        advice = f"set max_locks_per_transaction to {enough}, and restart it"
+        yield Finding("partitions", Level.WARNING, message, advice)
+
+
 def _partitions(seen: Seen) -> Iterator[Finding]:
     yield from _beside(seen)
+    yield from _locks(seen)
     rows = seen.answers.get("partitions")
     if not rows:
         return  # one table

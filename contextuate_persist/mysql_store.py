@@ -1490,6 +1490,7 @@ CHECKS = {
             AND p.partition_name IS NOT NULL
         HAVING COUNT(*) > 0
     """,
+    "locks": "SELECT 1 WHERE FALSE",
     # The tables beside, and whether somebody who may be at work with them has the schema lock.
     "beside": """
         SELECT
@@ -2334,6 +2335,7 @@ class MySQLStore(BaseStore):
                 supported=SUPPORTED,
                 driver=f"mysql-connector-python {mysql.connector.__version__}",
                 implementation="python" if pure else "c",
+                pool_size=self._pool_size,
                 latency_ms=latency * 1000,
                 clock_ms=server_now - (time.time() - latency / 2) * 1000,
                 version=version,

@@ -1546,6 +1546,20 @@ CHECKS = {
         WHERE i.inhparent = to_regclass('events')
         HAVING count(*) > 0
     """,
+    # What a read of a session locks, since it may be of any time: each partition and the table they
+    # are of, and all of their indexes. Then what the lock table is made for, and by what.
+    "locks": """
+        SELECT
+            (count(*) + 1) * (
+                SELECT count(*) + 1 FROM pg_index AS x WHERE x.indrelid = to_regclass('events')
+            ),
+            current_setting('max_locks_per_transaction')::integer,
+            current_setting('max_connections')::integer
+                + current_setting('max_prepared_transactions')::integer
+        FROM pg_inherits AS i
+        WHERE i.inhparent = to_regclass('events')
+        HAVING count(*) > 0
+    """,
     # The tables beside, and whether somebody who may be at work with them has the schema lock.
     "beside": f"""
         SELECT t.name, EXISTS (
@@ -2702,6 +2716,7 @@ class PostgreSQLStore(BaseStore):
                 supported=SUPPORTED,
                 driver=f"psycopg {psycopg.__version__}",
                 implementation=psycopg.pq.__impl__,
+                pool_size=self._pool_size,
                 latency_ms=latency * 1000,
                 clock_ms=server_now - (time.time() - latency / 2) * 1000,
                 version=version,

@@ -195,6 +195,8 @@ def test_the_servers_know_the_settings_that_the_guide_names(server: servers.Serv
     known = {row[0] for row in server.execute(query)}
     column = 1 if server.kind == "postgresql" else 2
     for row in table("README.md", "## Tuning"):
+        if row[column] == "nothing":  # the other server's alone
+            continue
         [(name, since)] = re.findall(r"^`(\w+) = \S+`(?: since (\S+))?$", row[column])
         assert name in known or _numbers(server.version) < _numbers(since), row
 

@@ -1687,6 +1687,59 @@ def test_nothing_is_archived_copied_or_backed_up_while_events_lie_aside(
     other.drop()
 
 
+@pytest.mark.only("postgresql")
+def test_the_locks_of_a_read_are_counted_as_the_server_does(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    with make_store(partitioned.url) as store:
+        select = store._select_events
+
+        def counted(connection: Any, *args: Any, **rest: Any) -> Any:
+            with connection.transaction():
+                found = select(connection, *args, **rest)
+                held.append(connection.execute(HELD).fetchall()[0][0])
+            return found
+
+        monkeypatch.setattr(store, "_select_events", counted)
+        store.get_events("s")
+        [(each, _, _)] = store._examine().answers["locks"] or []
+    assert held == [each]
+
+
+HELD = """
+SELECT count(*) FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation
+WHERE l.pid = pg_backend_pid() AND c.relnamespace = current_schema()::regnamespace
+"""
+
+
+def test_more_partitions_than_the_server_has_locks_for_are_warned_of(
+    plain: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with make_store(plain.url) as store:
+        store.save_event(event("s", RECENT))
+    assert main(["--url", plain.owner_url, "partition", "--by", "day"]) == 0
+    told = capsys.readouterr().err
+    if plain.backend == "mysql":
+        assert "locks" not in told
+        assert [level for level, _ in told_of_partitions(plain)] == [Level.OK]
+        return
+    [(slots, each)] = plain.execute(LOCKS)
+    level, message = told_of_partitions(plain)[0]
+    assert level is Level.WARNING
+    assert f"warning: {message}\n" in told
+    enough = int(message.split("max_locks_per_transaction to ")[1].split(",")[0])
+    assert enough * slots >= each * 10 > (enough - 64) * slots
+
+
+LOCKS = """
+SELECT
+    current_setting('max_connections')::integer
+        + current_setting('max_prepared_transactions')::integer,
+    (SELECT count(*) * 13 + 13 FROM pg_inherits WHERE inhparent = 'events'::regclass)
+"""
+
+
 def told_of_partitions(database: Database) -> list[tuple[Level, str]]:
     with make_store(database.url) as store:
         found = [one for one in maintain(store, "daily") if one.check == "partitions"]
