@@ -294,7 +294,7 @@ def _space(seen: Seen) -> Iterator[Finding]:
         return
     size, directory = int(rows[0][0] or 0), str(rows[0][1] or "")
     takes = f"the database takes {_megabytes(size)}"
-    free = _free(directory) if seen.local and directory else None
+    free = free_bytes(directory) if seen.local and directory else None
     if free is None:
         yield from _ok("space", f"{takes}; how much is free the server does not tell")
         return
@@ -306,7 +306,8 @@ def _space(seen: Seen) -> Iterator[Finding]:
     yield Finding("space", level, message, f"make room on the disk of {directory}")
 
 
-def _free(directory: str) -> int | None:
+def free_bytes(directory: str) -> int | None:
+    """What is free on the disk of a directory; None if it is not on this machine."""
     try:
         return shutil.disk_usage(directory).free
     except OSError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -234,19 +235,44 @@ def _sizes(store: BaseStore, _: Tasks) -> Iterator[Finding]:
 
 
 def _compaction(store: BaseStore, _: Tasks) -> Iterator[Finding]:
-    rows = store.survey()["garbage"]
+    answers = store.survey()
+    rows = answers["garbage"]
     if rows is None:
-        return _ok("room", "not told to this account: what deleted rows have left")
-    worth = [
-        str(name)
+        yield from _ok("room", "not told to this account: what deleted rows have left")
+        return
+    worth = {
+        str(name): int(whole or 0)
         for name, garbage, whole in rows
         if int(garbage or 0) >= max(GARBAGE_BYTES, GARBAGE_PART * int(whole or 0))
-    ]
-    for name in worth:
-        store.compact(name)
-    if worth:
-        return _ok("room", f"made free what deleted rows had: {', '.join(worth)}")
-    return _ok("room", "deleted rows hold too little to make it free")
+    }
+    done = []
+    for name, whole in worth.items():
+        if _is_room_for_two(whole, answers["disk"]):
+            store.compact(name)
+            done.append(name)
+    if left := [name for name in worth if name not in done]:
+        message = f"deleted rows hold much of {', '.join(left)}, which new ones use again"
+        advice = (
+            f"to give it back, run OPTIMIZE TABLE {', '.join(left)} at a quiet time: it needs as "
+            "much disk again, of which too little is free, or not seen from here"
+        )
+        yield from _warn("room", message, advice)
+    if done:
+        yield from _ok("room", f"made free what deleted rows had: {', '.join(done)}")
+    elif not worth:
+        yield from _ok("room", "deleted rows hold too little to make it free")
+
+
+def _is_room_for_two(size: int, disk: doctor.Rows | None) -> bool:
+    """Whether the server's disk is seen to have room for two more of this size, if any is needed.
+
+    A full disk stops the server: that is not risked for a guess.
+    """
+    if disk == []:
+        return True
+    host, directory = map(str, (disk or [("", "")])[0])
+    free = doctor.free_bytes(directory) if host == socket.gethostname() else None
+    return free is not None and free > 2 * size
 
 
 def _archive(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:

@@ -1692,6 +1692,8 @@ SURVEY = {
             )
         ORDER BY t.table_name
     """,
+    # Where OPTIMIZE TABLE needs room for a second copy.
+    "disk": "SELECT @@GLOBAL.hostname, @@GLOBAL.datadir",
     "indexes": """
         SELECT
             IF(u.index_name = 'PRIMARY', CONCAT(u.object_name, '.PRIMARY'), u.index_name),
@@ -1712,7 +1714,7 @@ SURVEY = {
 
 REFRESH_STATISTICS = "ANALYZE TABLE {table}"
 
-# Rebuilds the table, while writers go on; it needs as much disk again.
+# Rebuilds the table, while writers go on but for its last moment; it needs as much disk again.
 COMPACT = "OPTIMIZE TABLE {table}"
 
 # --- Accounts -------------------------------------------------------------------------------------

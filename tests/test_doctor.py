@@ -561,7 +561,7 @@ def test_a_disk_that_fills_up_is_warned_of(seen: Seen, monkeypatch: pytest.Monke
         (500 * 2**20, Level.WARNING),
         (2**20, Level.PROBLEM),
     ):
-        monkeypatch.setattr(doctor, "_free", lambda _, free=free: free)
+        monkeypatch.setattr(doctor, "free_bytes", lambda _, free=free: free)
         assert judged(seen, "space", {"size": [(2**20, "/data")]}).level is level
 
 

@@ -24,6 +24,7 @@ from contextuate_persist import (
     StoreUnavailable,
     backup,
     backup_file,
+    doctor,
     encryption,
     maintenance,
     mysql_store,
@@ -152,6 +153,7 @@ def test_monthly_makes_room_where_that_is_worth_it(
     (found,) = by_check(maintain(account, "monthly"))["room"]
     assert (found.level, "too little" in found.message) == (Level.OK, True)
     monkeypatch.setattr(maintenance, "GARBAGE_BYTES", 0)
+    monkeypatch.setattr(maintenance, "_is_room_for_two", lambda *_: True)
     monkeypatch.setattr(maintenance, "GARBAGE_PART", 0)
     (found,) = by_check(maintain(account, "monthly"))["room"]
     if account.backend == "mysql" or is_owner(account, database):
@@ -161,6 +163,40 @@ def test_monthly_makes_room_where_that_is_worth_it(
     else:
         assert found.level is Level.WARNING
         assert "the URL of the database's owner" in found.advice
+
+
+@pytest.mark.only("mysql")
+@pytest.mark.parametrize("why", ["", "another machine", "no directory", "full"])
+def test_a_table_is_rebuilt_only_where_the_disk_is_seen_to_have_room_for_it(
+    store: BaseStore, database: Database, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    if not why and database.server.external_url is not None:
+        pytest.skip("an external server: whose disk it is nobody knows")
+    answers = store.survey()
+    [(host, directory)] = answers["disk"] or ()
+    size = 10**9
+    asked: list[str] = []
+
+    def free(place: str) -> int | None:
+        asked.append(place)
+        return None if why == "no directory" else 2 * size + (why != "full")
+
+    rebuilt: list[str] = []
+    monkeypatch.setattr(store, "compact", rebuilt.append)
+    monkeypatch.setattr(
+        store,
+        "survey",
+        lambda: {**answers, "garbage": [("events", size, size), ("sessions", 0, 0)]},
+    )
+    if why:
+        there = "elsewhere" if why == "another machine" else host
+        monkeypatch.setattr(maintenance.socket, "gethostname", lambda: there)
+    monkeypatch.setattr(doctor, "free_bytes", free)
+    (found,) = by_check(maintain(store, "monthly"))["room"]
+    assert rebuilt == ([] if why else ["events"])
+    assert asked == ([] if why == "another machine" else [directory])
+    assert found.level is (Level.WARNING if why else Level.OK)
+    assert bool(why) == ("OPTIMIZE TABLE events at" in found.advice)
 
 
 def test_quarterly_reviews_and_plans(account: BaseStore, tmp_path: Path) -> None:
@@ -220,6 +256,7 @@ ANSWERS: dict[str, Any] = {
     "transactions": [],
     "sizes": [],
     "garbage": [],
+    "disk": [],
     "indexes": [],
 }
 
@@ -240,6 +277,8 @@ ANSWERS: dict[str, Any] = {
         ("monthly", {"garbage": None}, "room", Level.OK, "not told to this account"),
         ("monthly", {"garbage": [("events", 10**7, 10**9)]}, "room", Level.OK, "too little"),
         ("monthly", {"garbage": [("events", 10**8, 10**9)]}, "room", Level.OK, "had: events"),
+        ("monthly", {"garbage": [("events", 10**8, 10**9)], "disk": None}, "room", Level.WARNING,
+         "run OPTIMIZE TABLE events at a quiet time"),
         ("quarterly", {"indexes": None}, "indexes", Level.OK, "not told to this account"),
         ("quarterly", {"indexes": [("a", 10**6, 5), ("b", 10**6, 0)]}, "indexes", Level.OK,
          "2 of 2.0 MB; not used since the server counts: b"),
