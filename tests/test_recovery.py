@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import subprocess
@@ -170,12 +171,14 @@ def test_postgresql_is_recovered_to_a_moment_as_the_guide_has_it(
     [new] = (tmp_path / "backup").iterdir()
     assert new.name.startswith("new-")
     archived = min(wal.iterdir())
-    (place / "again").write_bytes(archived.read_bytes())
+    assert archived.suffix == ".gz"
+    assert archived.stat().st_size < 4 * 2**20  # of 16
+    (place / "again").write_bytes(gzip.decompress(archived.read_bytes()))
     (place / "other").write_bytes(b"another server's")
     for name in ("again", "other"):
         (place / name).chmod(0o644)
     (command,) = re.findall("^archive_command = '(.*)'$", blocks["conf"][0], re.MULTILINE)
-    command = command.replace("%f", archived.name)
+    command = command.replace("%f", archived.stem)
     execute(command.replace("%p", "/srv/again"))  # as after a crash, before it was noted as done
     with pytest.raises(AssertionError):
         execute(command.replace("%p", "/srv/other"))
