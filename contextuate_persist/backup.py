@@ -415,10 +415,22 @@ def restore_test(
 
     What a backup is good for, no other check can tell. Raises what `restore` raises.
     """
-    if url.partition("://")[0] == "mysql" and not (parts := split_url(url)).path.strip("/"):
-        url = urlunsplit(parts._replace(path="/mysql"))  # it needs one to connect to
     name = f"contextuate_restore_{secrets.token_hex(4)}"
-    with open_store(url).scratch(name) as store:
+    with _of_administrator(url).scratch(name) as store:
         return restore(
             store, path, identity=identity, passphrase_file=passphrase_file, progress=progress
         )
+
+
+def left_by_tests(url: str) -> list[str]:
+    """The databases on an administrator's server that tests of restoring have, and nobody uses.
+
+    A test that is killed leaves its own.
+    """
+    return [str(name) for (name,) in _of_administrator(url).survey()["scratch"] or ()]
+
+
+def _of_administrator(url: str) -> BaseStore:
+    if url.partition("://")[0] == "mysql" and not (parts := split_url(url)).path.strip("/"):
+        url = urlunsplit(parts._replace(path="/mysql"))  # it needs one to connect to
+    return open_store(url)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from contextuate_persist import doctor, encryption, retention
 from contextuate_persist.archive import archive
-from contextuate_persist.backup import name_of, restore_test, verify_backup
+from contextuate_persist.backup import left_by_tests, name_of, restore_test, verify_backup
 from contextuate_persist.backup_file import Reader
 from contextuate_persist.doctor import Finding, Level
 from contextuate_persist.errors import (
@@ -307,14 +307,18 @@ def _partitions(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
 
 
 def _restore(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    for name in left_by_tests(tasks.administrator) if tasks.administrator is not None else ():
+        advice = f"DROP DATABASE {name}, as an administrator, unless a test is still at work"
+        yield from _warn("restore", f"nobody uses {name}, which a test has made", advice)
     path = _newest_backup(store, tasks)
     locked = path is not None and _is_locked(path, tasks)
     if path is None or tasks.administrator is None or locked:
         name = f"{path or 'FILE'}{' --identity KEY' if locked else ''}"
         advice = f"run `contextuate-persist restore --test {name}` with an administrator's URL"
-        return _warn("restore", "no backup was restored to try it", advice)
+        yield from _warn("restore", "no backup was restored to try it", advice)
+        return
     restore_test(path, tasks.administrator, identity=tasks.identity)
-    return _ok("restore", f"{path.name} was restored into a database of its own, and is right")
+    yield from _ok("restore", f"{path.name} was restored into a database of its own, and is right")
 
 
 def _benchmark(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:

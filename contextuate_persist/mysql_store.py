@@ -1692,6 +1692,18 @@ SURVEY = {
             )
         ORDER BY t.table_name
     """,
+    # Left by a test of restoring, or of one that has nobody connected just now.
+    "scratch": """
+        SELECT s.schema_name
+        FROM information_schema.schemata AS s
+        WHERE REGEXP_LIKE(s.schema_name, '^contextuate_restore_[0-9a-f]{8}$')
+            AND CAST(s.schema_name AS BINARY) NOT IN (
+                SELECT CAST(p.db AS BINARY)
+                FROM information_schema.processlist AS p
+                WHERE p.db IS NOT NULL
+            )
+        ORDER BY s.schema_name
+    """,
     # Where OPTIMIZE TABLE needs room for a second copy.
     "disk": "SELECT @@GLOBAL.hostname, @@GLOBAL.datadir",
     "indexes": """

@@ -1850,6 +1850,14 @@ SURVEY = {
             )
         ORDER BY s.relname
     """,
+    # Left by a test of restoring, or of one that has nobody connected just now.
+    "scratch": """
+        SELECT d.datname::text
+        FROM pg_database AS d
+        WHERE d.datname ~ '^contextuate_restore_[0-9a-f]{8}$'
+            AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.datid = d.oid)
+        ORDER BY d.datname
+    """,
     # VACUUM needs no room.
     "disk": "SELECT WHERE FALSE",
     "indexes": """

@@ -257,6 +257,7 @@ ANSWERS: dict[str, Any] = {
     "sizes": [],
     "garbage": [],
     "disk": [],
+    "scratch": [],
     "indexes": [],
 }
 
@@ -387,6 +388,25 @@ def test_of_several_databases_backups_in_one_directory_each_looks_at_its_own(
         for newest, opened in ((mine, store), (theirs, other)):
             (found,) = by_check(maintain(opened, "daily", tasks))["backup"]
             assert found.message.startswith(newest.name)
+
+
+def test_what_a_killed_test_of_a_backup_has_left_is_told_and_not_dropped(
+    store: BaseStore, database: Database
+) -> None:
+    server = database.server
+    left, used, other = (f"contextuate_restore_{one}" for one in ("00c0ffee", "0ddba11a", "mine"))
+    tasks = Tasks(administrator=server.admin_url)
+    with contextlib.ExitStack() as stack:
+        for name in (left, used, other):
+            server.create_database(name)
+            stack.callback(server.execute, f"DROP DATABASE {name}")
+        with contextlib.closing(server._connect(used)):
+            found, untried = by_check(maintain(store, "quarterly", tasks))["restore"]
+            assert found.level is Level.WARNING
+            assert found.message.startswith(f"nobody uses {left},")
+            assert found.advice.startswith(f"DROP DATABASE {left},")
+            assert "no backup was restored" in untried.message
+    assert len(by_check(maintain(store, "quarterly", tasks))["restore"]) == 1
 
 
 @pytest.mark.usefixtures("tools")
