@@ -436,7 +436,7 @@ def require(session: PartitionSession) -> None:
 def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     """Add the partitions that are missing up to so many after the present one; their names."""
     require(session)
-    if session.has_retired():  # of a drop that was killed: only the next one deletes
+    if session.newest_retired() is not None:  # of a drop that was killed: only the next deletes
         _finish(session, _NONE)
     partitions = session.read_partitions()
     by = unit_of(partitions) or "month"
