@@ -324,8 +324,7 @@ def _beside(seen: Seen) -> Iterator[Finding]:
     for name, _ in rows:
         if name == partitions.RETIRED:
             message = f"a drop was interrupted: its events lie in {name}, where no reader sees them"
-            again = "run `contextuate-persist maintain monthly` or `prune` as the database's owner"
-            yield Finding("partitions", Level.PROBLEM, message, again)
+            yield Finding("partitions", Level.PROBLEM, message, advice)
         else:
             message = f"making or dropping them was interrupted: it has left {name}"
             yield Finding("partitions", Level.WARNING, message, advice)

@@ -148,15 +148,16 @@ class Outbox:
         with self._lock:
             if self._closed or not self._has_room(size, disk):
                 self._wait_for_room(size, disk, timeout)
-            # First, since a signal's exception may come here: the numbers must have no holes.
+            if not self._arrivals or self._arrived_bytes + size > self._half // 2:
+                self._arrived.notify()  # who waits goes on once the lock is free
+            # A signal's exception comes behind a call, and this is the last one; memory may run out
+            # until the list has grown. A number without its arrival, or two with one, lose events.
             arrival = Arrival(self._number + 1, accepted, value, size, disk)
-            self._arrivals.append(arrival)
+            self._arrivals += [arrival]
             self._number += 1
             self._accepted += 1
             self._arrived_bytes += size
             self._arrived_disk += disk
-            if len(self._arrivals) == 1 or self._arrived_bytes > self._half // 2:
-                self._arrived.notify()
             return self._number
 
     def _has_room(self, size: int, disk: int) -> bool:

@@ -1777,7 +1777,7 @@ def test_a_drop_that_was_interrupted_is_a_problem_until_it_is_done_again(
         level, told = told_after_a_kill(partitioned)
         assert level is Level.PROBLEM
         assert "no reader sees them" in told
-        assert "`contextuate-persist maintain monthly` or `prune` as the database's owner" in told
+        assert "run `contextuate-persist partition` again, as the database's owner" in told
         if again == "prune":
             owner.drop_partitions(month(32))
         else:

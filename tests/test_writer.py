@@ -1589,6 +1589,13 @@ def test_ctrl_c_while_a_writer_closes_closes_it(
     assert len(store.get_events("s")) == 1
 
 
+class Full(list[Any]):
+    """A list that cannot grow."""
+
+    def __iadd__(self, _: Any) -> Any:
+        raise MemoryError
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_what_interrupts_a_put_leaves_no_hole_in_the_numbers(
     writer: EventWriter, store: BaseStore, monkeypatch: pytest.MonkeyPatch, error: type
@@ -1597,8 +1604,12 @@ def test_what_interrupts_a_put_leaves_no_hole_in_the_numbers(
         raise error
 
     writer.put(event("s", T0))
+    assert writer.flush(30) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(outbox, "Arrival", interrupted)
+        if error is MemoryError:
+            patch.setattr(writer._outbox, "_arrivals", Full())
+        else:
+            patch.setattr(outbox, "Arrival", interrupted)
         with pytest.raises(error):
             writer.put(event("s", T0 + 1))
     assert writer.flush(30) == 0
