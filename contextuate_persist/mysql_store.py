@@ -2753,9 +2753,15 @@ class MySQLPartitions:
         self._connection.cmd_query(NOT_OF_RETIRED.sub("", retired).encode())
         # Again if the partition could not be dropped then: what was taken out must not go back.
         if self._is_empty("events_retired"):
-            with self._waiting():
-                exchange = RETIRE_PARTITION.format(partition=partition.name)
-                self._connection.cmd_query(exchange.encode())
+            try:
+                with self._waiting():
+                    exchange = RETIRE_PARTITION.format(partition=partition.name)
+                    self._connection.cmd_query(exchange.encode())
+            except Exception:
+                # Or all pruning would be refused on account of a table that holds nothing.
+                if self._is_empty("events_retired"):
+                    self.drop_retired()
+                raise
         if not self.is_needed(partition):
             with self._locked(b"LOCK TABLES events WRITE"):
                 # Or somebody has stored an event of its time in between: it stays.

@@ -1535,6 +1535,25 @@ def test_a_drop_that_was_killed_goes_on_when_run_again(
     assert len(check_whole(partitioned)) == 5
 
 
+def test_a_drop_that_waits_in_vain_leaves_nothing_aside(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "_PATIENCE_SECONDS", 0)
+    with make_store(partitioned.url) as store:
+        store.save_session(ended("a", 5))
+        store.save_event(event("a", month(6)))
+        with contextlib.closing(partitioned.server._connect(partitioned.name)) as reader:
+            cursor = reader.cursor()
+            cursor.execute("BEGIN")
+            cursor.execute("SELECT count(*) FROM events")
+            assert cursor.fetchall() == [(1,)]
+            with pytest.raises((StoreUnavailable, StoreRefused)):
+                partitioned.owner().drop_partitions(month(32))
+            store.require_all_events()
+            assert len(store.get_events("a")) == 1
+    assert partitioned.owner().drop_partitions(month(32)).sessions == 1
+
+
 def test_a_drop_that_was_killed_goes_on_by_other_bounds_without_harm(
     partitioned: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
