@@ -239,11 +239,18 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _directory(text: str) -> Path:
+    # An empty variable of a shell's; to Path it is the directory where one happens to be.
+    if not text:
+        raise argparse.ArgumentTypeError("no directory is named")
+    return Path(text)
+
+
 def _add_directory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--directory",
         metavar="DIR",
-        type=Path,
+        type=_directory,
         help="the writer's spool (environment: CONTEXTUATE_SPOOL; else below ~/.contextuate)",
     )
 

@@ -52,6 +52,7 @@ def test_a_directory_that_is_none_is_refused(run: Run, tmp_path: Path, command: 
     assert (status, out) == (1, "")
     assert err == f"contextuate-persist: error: --directory: {place} is no directory\n"
     assert not place.exists()
+    assert run(*command, "--directory", "")[0] == 2
 
 
 def test_what_waits_in_the_inbox_is_told(
