@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from contextuate_persist.inbox import Inbox, default_inbox
 from contextuate_persist.lifecycle import SessionState, usage_path
 from contextuate_persist.model import SESSION_WIRE
 from contextuate_persist.spool import spool_state
-from contextuate_persist.transcripts import read_usage
+from contextuate_persist.transcripts import UsageReading, read_usage
 from contextuate_persist.writer import default_spool
 
 HOME = Path(os.path.expanduser("~/.contextuate/monitor"))
@@ -59,7 +59,7 @@ KNOWN_SESSIONS = 10_000  # whose state is kept in memory
 CAUGHT_UP = 2_000  # sessions that run here, and events, which are looked at when it starts
 TOLD_BY = 200  # events of a session at most that say what it has been told
 PAGE = 50  # events at once, since each may have a payload of many megabytes
-READ_SECONDS = 60.0  # for a transcript
+READ_SECONDS = 20.0  # for a transcript
 # The database is away, full or unwilling, altogether or for one session.
 PASSING = (StoreUnavailable, StoreRefused, StorageFull)
 BY_PEOPLE = ("label", "is_pinned", "hidden", "manual_parent_session_id")
@@ -78,12 +78,17 @@ def redact(event: MonitorEvent) -> MonitorEvent:
 class Monitor:
     """The daemon's parts: an inbox, a writer, a store, and what it knows of sessions."""
 
-    def __init__(self, url: str | None, inbox: Path, spool: Path) -> None:
+    def __init__(
+        self, url: str | None, inbox: Path, spool: Path, machines: Iterable[str] = ()
+    ) -> None:
         store = open_store(url)
         self.store = AsyncStore(store)
         self.spool = spool
         self.writer = AsyncEventWriter(EventWriter(store, spool_directory=spool))
         self.inbox = Inbox(inbox)
+        # What hooks call this machine, and containers that leave their files here.
+        named = (os.environ.get("HOSTNAME"), socket.gethostname(), *machines)
+        self._machines = {name for name in named if name}
         self._states: dict[str, SessionState] = {}
         self._offsets: dict[str, int] = {}
         self._stuck: set[str] = set()  # transcripts that are not read any more
@@ -212,11 +217,11 @@ class Monitor:
 
     async def _note_running(self) -> None:
         # Those of other machines are for the daemons there: each that starts would read them all.
-        here = await self.store.get_sessions(
-            status="active", machine_id=socket.gethostname(), limit=CAUGHT_UP
-        )
-        for session in here:
-            self._add(session.session_id, NO_NEWS)
+        for machine in self._machines:
+            for session in await self.store.get_sessions(
+                status="active", machine_id=machine, limit=CAUGHT_UP
+            ):
+                self._add(session.session_id, NO_NEWS)
 
     async def _note_recent(self) -> None:
         await self._each(self._note, CAUGHT_UP)
@@ -242,12 +247,15 @@ class Monitor:
         """
         state, paths = news
         try:
-            # Before its events: what another daemon tells it in between is not taken back.
             session = await self.store.get_session(session_id)
             known = self._states.pop(session_id, None)
             if known is None:
                 known, more = await self._stored_news(session_id)
                 paths |= more
+                # What a person, or another daemon, tells it while that is read is not taken back.
+                if await self.store.get_session(session_id) != session:
+                    self._add(session_id, (state, paths))
+                    return None
             state |= known
             if len(self._states) >= KNOWN_SESSIONS:
                 self._states.clear()  # what is needed again is read again
@@ -280,14 +288,23 @@ class Monitor:
     async def _count_tokens(self, session_id: str, path: str) -> None:
         if path in self._stuck:
             return
-        with contextlib.suppress(OSError):  # somebody else's file: no reason to stumble
-            read = asyncio.to_thread(read_usage, path, self._offsets.get(path, 0))
-            try:
-                reading = await asyncio.wait_for(read, READ_SECONDS)
-            except asyncio.TimeoutError:  # a file system that does not answer, which keeps a thread
+        begun = False
+
+        def read() -> UsageReading | None:
+            nonlocal begun
+            begun = True
+            with contextlib.suppress(OSError):  # somebody else's file: no reason to stumble
+                return read_usage(path, self._offsets.get(path, 0))
+            return None
+
+        try:
+            reading = await asyncio.wait_for(asyncio.to_thread(read), READ_SECONDS)
+        except asyncio.TimeoutError:
+            if begun:  # its file system does not answer, and a thread waits there for ever
                 self._stuck.add(path)
                 log.warning("%s: no more usage is read: nothing came in time", ascii(path))
-                return
+            return
+        if reading is not None:
             await self.store.save_usage(session_id, reading.usages)
             self._offsets[path] = reading.offset
 
@@ -382,13 +399,20 @@ async def main(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     args.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    await Monitor(args.url, args.inbox, args.spool).run(stop, args.socket)
+    await Monitor(args.url, args.inbox, args.spool, args.machine).run(stop, args.socket)
     return 0 if stop.is_set() else 1
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--url", help="the database; without it what open_store() takes")
+    parser.add_argument(
+        "--machine",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a container, for instance, whose hooks leave their files in this inbox; repeatable",
+    )
     places = {
         "--inbox": default_inbox(),
         "--spool": default_spool(),

@@ -505,11 +505,16 @@ def test_sessions_that_ended_while_nobody_told_them_are_told_at_the_next_start(
     eventually(lambda: ended <= {one.session_id for one in store.get_sessions(status="completed")})
 
 
-def with_monitor(url: str, place: Path, work: Callable[[Monitor], Awaitable[None]]) -> None:
+def with_monitor(
+    url: str,
+    place: Path,
+    work: Callable[[Monitor], Awaitable[None]],
+    machines: list[str] | None = None,
+) -> None:
     """Have a daemon's parts do something, its store open and nothing of it running."""
 
     async def run() -> None:
-        monitor = Monitor(url, place / "inbox", place / "spool")
+        monitor = Monitor(url, place / "inbox", place / "spool", machines or ())
         await monitor.store.init()
         try:
             await work(monitor)
@@ -519,28 +524,34 @@ def with_monitor(url: str, place: Path, work: Callable[[Monitor], Awaitable[None
     asyncio.run(run())
 
 
+TITLED = {"hook_event_name": "UserPromptSubmit", "prompt": "p", "session_title": "Early"}
+
+
 def stops(session_id: str, machine_id: str, count: int, **fields: Any) -> list[MonitorEvent]:
     payload = {"session_id": session_id, "hook_event_name": "Stop", "cwd": "/", **fields}
     return [hook_event(payload, captured_at=T0 + n, machine_id=machine_id) for n in range(count)]
 
 
 def test_a_start_looks_at_the_running_sessions_of_its_own_machine(
-    store: BaseStore, database: Database, tmp_path: Path
+    store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.save_events([*stops("here", socket.gethostname(), 1), *stops("there", "elsewhere", 1)])
+    """By all its names: hooks take HOSTNAME first, and containers have another."""
+    monkeypatch.setenv("HOSTNAME", "called so")
+    for machine in (socket.gethostname(), "called so", "a container", "elsewhere"):
+        store.save_events(stops(f"on {machine}", machine, 1))
 
     async def look(monitor: Monitor) -> None:
         await monitor._note_running()
-        assert monitor._news.keys() == {"here"}
+        names = (socket.gethostname(), "called so", "a container")
+        assert monitor._news.keys() == {f"on {name}" for name in names}
 
-    with_monitor(database.url, tmp_path, look)
+    with_monitor(database.url, tmp_path, look, ["a container"])
 
 
 def test_what_a_session_was_told_is_read_page_by_page(
     store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    early = {"hook_event_name": "UserPromptSubmit", "prompt": "p", "session_title": "Early"}
-    store.save_events(stops("s", "m", 1, **early))
+    store.save_events(stops("s", "m", 1, **TITLED))
     store.save_events(stops("s", "m", 130))
     pages: list[int] = []
     find = AsyncStore.find_events
@@ -560,24 +571,35 @@ def test_what_a_session_was_told_is_read_page_by_page(
     assert pages == [50, 50, 31]
 
 
-def test_what_another_daemon_tells_a_session_meanwhile_is_not_taken_back(
+def test_what_a_session_is_told_meanwhile_is_not_taken_back(
     store: BaseStore, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.save_events(stops("s", "m", 1))
-    find = AsyncStore.find_events
+    """By another daemon, whose event this one has not read, or by a person."""
+    store.save_events(stops("s", "m", 1, **TITLED))
+    find, looks = AsyncStore.find_events, 0
 
-    async def then_end(self: AsyncStore, **asked: Any) -> list[MonitorEvent]:
+    async def then_tell(self: AsyncStore, **asked: Any) -> list[MonitorEvent]:
+        nonlocal looks
+        looks += 1
         found = await find(self, **asked)
-        store.update_session("s", status="completed", end_time=T0 + 1)
+        if looks == 1:
+            end = {"session_id": "s", "hook_event_name": "SessionEnd", "cwd": "/", "reason": "x"}
+            store.save_event(hook_event(end, captured_at=T0 + 1, machine_id="m"))
+            store.update_session("s", status="completed", end_time=T0 + 1, label="Mine")
         return found
 
-    monkeypatch.setattr(AsyncStore, "find_events", then_end)
+    monkeypatch.setattr(AsyncStore, "find_events", then_tell)
 
     async def tell(monitor: Monitor) -> None:
-        assert await monitor._tell("s", monitor_daemon.NO_NEWS) is None
+        news = monitor_daemon.NO_NEWS
+        for left in (True, False):
+            assert await monitor._tell("s", news) is None
+            assert told(store, "s")[:2] == ("completed", "Mine")
+            assert bool(monitor._news) is left
+            news = monitor._news.pop("s", news)
 
     with_monitor(database.url, tmp_path, tell)
-    assert told(store, "s")[0] == "completed"
+    assert looks == 2
 
 
 def test_a_transcript_that_does_not_answer_keeps_no_session_waiting(
@@ -596,7 +618,7 @@ def test_a_transcript_that_does_not_answer_keeps_no_session_waiting(
         answers.wait(60)
 
     monkeypatch.setattr(monitor_daemon, "read_usage", hang)
-    monkeypatch.setattr(monitor_daemon, "READ_SECONDS", 0.1)
+    monkeypatch.setattr(monitor_daemon, "READ_SECONDS", 1.0)
 
     async def count(monitor: Monitor) -> None:
         for _ in range(2):
