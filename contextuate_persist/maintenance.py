@@ -28,6 +28,7 @@ from contextuate_persist.errors import (
     PersistenceError,
     SchemaError,
     StoreRefused,
+    StoreUnavailable,
 )
 from contextuate_persist.retention import RetentionPolicy
 from contextuate_persist.transfer import SUFFIXES
@@ -276,6 +277,10 @@ def _is_room_for_two(size: int, disk: doctor.Rows | None) -> bool:
 
 
 def _archive(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
+    try:
+        store.require_all_events()
+    except StoreUnavailable:  # of an interrupted drop; this gives them back
+        store.add_partitions()
     if tasks.archives is not None:
         report = archive(store, tasks.archives, tasks.policy, recipients=tasks.recipients)
         message = f"{report.sessions:,} sessions with {report.events:,} events archived"

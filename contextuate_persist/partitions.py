@@ -511,10 +511,9 @@ def _finish(session: PartitionSession, due: Due) -> int:
             deleted += _settle(session, batch, due)
             batch = []
     deleted += _settle(session, batch, due)
-    others = sorted(inside)
-    for start in range(0, len(others), _BATCH_SESSIONS):
-        # They only get their events back.
-        _settle(session, others[start : start + _BATCH_SESSIONS], _NONE)
+    for session_id in sorted(inside):
+        # It only gets its events back; a transaction of its own, for there may be many thousands.
+        _settle(session, [session_id], _NONE)
     place: Any = None
     while (
         place := _patiently(session, partial(session.forget_ids, place, _BATCH_IDS))

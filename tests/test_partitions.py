@@ -1766,7 +1766,6 @@ SELECT
 def told_of_partitions(database: Database) -> list[tuple[Level, str]]:
     with make_store(database.url) as store:
         found = [one for one in maintain(store, "daily") if one.check == "partitions"]
-        assert [one for one in store.check() if one.check == "partitions"] == found
     return [(one.level, str(one)) for one in found]
 
 
@@ -1780,7 +1779,7 @@ def told_after_a_kill(database: Database) -> tuple[Level, str]:
 
 @pytest.mark.parametrize("again", ["partition", "maintain monthly", "prune"])
 def test_a_drop_that_was_interrupted_is_a_problem_until_it_is_done_again(
-    partitioned: Database, monkeypatch: pytest.MonkeyPatch, again: str
+    partitioned: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
     meanwhile: list[tuple[Level, str]] = []
 
@@ -1807,7 +1806,11 @@ def test_a_drop_that_was_interrupted_is_a_problem_until_it_is_done_again(
             if again == "partition":
                 owner.partition_events(ahead=1)
             else:
-                maintain(owner, "monthly")
+                # What lies aside is not missing in the archive of the same run.
+                policy = RetentionPolicy(max_age_days=36_500)
+                tasks = Tasks(archives=tmp_path / "archive", policy=policy)
+                found = maintain(owner, "monthly", tasks)
+                assert Level.PROBLEM not in [one.level for one in found]
             assert [len(store.get_events(name)) for name in "ab"] == [5, 5]
         assert Level.PROBLEM not in [level for level, _ in told_of_partitions(partitioned)]
     check_whole(partitioned)
