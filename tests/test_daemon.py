@@ -41,6 +41,12 @@ from tests.test_poison import REFUSE, trigger
 
 ROOT = Path(__file__).parent.parent
 NOWHERE = "postgresql://127.0.0.1:1/nobody?connect_timeout=1"
+#: Become the program, which ends with this process, however that ends (PR_SET_PDEATHSIG).
+ENDS_WITH_US = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 class Daemon:
@@ -54,9 +60,10 @@ class Daemon:
     def start(self, *, wait: bool = True) -> None:
         places = {"--inbox": self.inbox, "--spool": self.place / "spool", "--socket": self.socket}
         arguments = [str(word) for option in places.items() for word in option]
+        program = str(ROOT / "examples" / "monitor_daemon.py")
         with (self.place / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "examples" / "monitor_daemon.py"), *arguments],
+                [sys.executable, "-c", ENDS_WITH_US, program, *arguments],
                 env={**os.environ, "CONTEXTUATE_DATABASE_URL": self.url},
                 stderr=log,
             )
