@@ -41,6 +41,7 @@ from contextuate_persist import (
     StoreRefused,
     StoreUnavailable,
     open_store,
+    payload,
 )
 from contextuate_persist.hooks import STREAMING, Capture, hook_event
 from contextuate_persist.inbox import Inbox, default_inbox
@@ -168,6 +169,9 @@ class Monitor:
             return None
         # Not by the writer, which would not tell: a session has its title from events, too.
         event = _redacted(event)
+        if name is not None:
+            # A dead letter tells an endless payload in part; its file has all of it, and stays.
+            payload.encode(event.data)
         self._last = receipt = await self.writer.put(event)
         self._note(event)
         if name is not None:

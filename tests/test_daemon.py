@@ -32,6 +32,7 @@ from contextuate_persist import (
     open_store,
 )
 from contextuate_persist.base import BaseStore
+from contextuate_persist.dead_letters import DeadLetters
 from contextuate_persist.hooks import hook_event, new_event_id, payload_of, session_key
 from examples import monitor_daemon
 from examples.monitor_daemon import Monitor
@@ -439,6 +440,20 @@ def test_an_event_that_redaction_fails_on_is_set_aside_and_keeps_no_others_waiti
     assert [path.name for path in (alone.inbox / "bad").glob("*.json")] == [second]
     why = (alone.inbox / "bad" / f"{second}.why").read_text()
     assert why == "event: redact failed: RecursionError\n"
+
+
+def test_a_payload_that_no_database_takes_stays_whole_in_its_file(alone: Daemon) -> None:
+    deep = json.loads("[" * 600 + "]" * 600)
+    odd = {**a_day(1)[1], "tool_input": deep}
+    names = [inbox.leave(alone.inbox, file_of(one, T0)) for one in (odd, a_day(1)[0])]
+    content = (alone.inbox / names[0]).read_bytes()
+    alone.start()
+    eventually(lambda: not [*alone.inbox.glob("*.json")])
+    assert alone.stop() == 0
+    bad = alone.inbox / "bad"
+    assert (bad / names[0]).read_bytes() == content
+    assert (bad / f"{names[0]}.why").read_text() == "data: nested more than 512 deep\n"
+    assert not DeadLetters(alone.place / "spool" / "dead").ids()
 
 
 def test_what_is_redacted_reaches_neither_events_nor_sessions(
