@@ -125,7 +125,7 @@ def default_command() -> str:
     return f"{shlex.join([sys.executable, '-I', '-S', str(found)])} || true"
 
 
-def snippet(command: str, names: tuple[str, ...] = ALL_HOOKS) -> dict[str, Any]:
+def snippet(command: str, names: tuple[str, ...] = USUAL_HOOKS) -> dict[str, Any]:
     """The settings that have these hooks run the command."""
     return {"hooks": {name: [_group(command)] for name in names}}
 

@@ -289,7 +289,7 @@ def test_an_installation_without_the_script_says_so(monkeypatch: pytest.MonkeyPa
         hook_settings.default_command()
 
 
-def test_the_example_has_all_hooks() -> None:
+def test_the_example_has_the_hooks_that_every_version_knows() -> None:
     example = read(ROOT / "examples" / "claude_settings.json")
     (command,) = set(commands(example, "Stop"))
     assert example == hook_settings.snippet(command)
