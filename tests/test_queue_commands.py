@@ -71,11 +71,16 @@ def test_what_waits_in_the_inbox_is_told(
     assert (told["inbox"], told["inboxFiles"], told["inboxBad"]) == (str(place), 2, 1)
 
 
-def test_what_waits_is_told_and_stored(run: Run, directory: Path, store: BaseStore) -> None:
+def test_what_waits_is_told_and_stored(
+    run: Run, directory: Path, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(5)
     status, out, _ = run("spool", "status")
     assert status == 0
     assert "5 wait, the oldest" in out
+    with monkeypatch.context() as patch:
+        patch.delenv(ENVIRONMENT_SPOOL)
+        assert "5 wait, the oldest" in run("spool", "status", "--directory", str(directory))[1]
     [told] = map(json.loads, run("spool", "status", "--json")[1].splitlines())
     assert (told["records"], told["deadLetters"], told["directory"]) == (5, 0, str(directory))
     assert 0 <= told["oldestSeconds"] < 60
