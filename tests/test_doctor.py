@@ -508,7 +508,12 @@ OLD = doctor.UNUSED_SECONDS
         ("prepared", {"prepared": [("gid", 3600)]}, Level.PROBLEM, "gid"),
         ("prepared", {"prepared": [("gid", 1)]}, Level.OK, "no forgotten"),
         ("prepared", {"prepared": None}, Level.OK, "not told"),
-        ("partitions", {"locks": [(641, 64, 100)]}, Level.WARNING, "641 locks, 10 at once 6,410"),
+        (
+            "partitions",
+            {"locks": [(1281, 64, 100)]},
+            Level.WARNING,
+            "1,281 locks, 10 at once 12,810",
+        ),
         ("packet", {"packet": [(4 * 2**20,)]}, Level.WARNING, "payloads over 1 MiB"),
         ("packet", {"packet": [(2**26,)]}, Level.OK, "enough"),
         ("packet", {"packet": []}, Level.OK, "no limit"),
