@@ -92,6 +92,22 @@ def partitioned(plain: Database) -> Database:
     return plain
 
 
+@contextlib.contextmanager
+def killed(
+    monkeypatch: pytest.MonkeyPatch, step: str, first: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """What runs is interrupted where it comes to this step."""
+
+    def stop(*_: Any) -> Any:
+        first()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partitions, step, stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 def ids_of(database: Database, table: str = "events") -> list[str]:
     rows = database.execute(f"SELECT {HEX_IDS[database.backend]} FROM {table}")
     return sorted(row[0] for row in rows)
@@ -550,13 +566,8 @@ def test_partitioning_again_adds_what_is_missing_and_says_so(converted: Database
 def test_another_unit_does_not_go_on_with_a_conversion_that_was_begun(
     plain: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(partitions, "_copy", stop)
-        with pytest.raises(KeyboardInterrupt):
-            plain.owner().partition_events("week")
+    with killed(monkeypatch, "_copy"):
+        plain.owner().partition_events("week")
     with pytest.raises(ConfigurationError, match="half-way to being partitioned by week"):
         plain.owner().partition_events("day")
     assert plain.owner().partition_events().by == "week"
@@ -782,15 +793,10 @@ def test_what_is_forgotten_is_in_the_old_table_no_more(plain: Database) -> None:
 def test_forgetting_waits_for_a_conversion(
     plain: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     with make_store(plain.url) as store:
         store.save_event(event("s", RECENT))
-        with monkeypatch.context() as patch:
-            patch.setattr(partitions, "_copy", stop)
-            with pytest.raises(KeyboardInterrupt):
-                plain.owner().partition_events()
+        with killed(monkeypatch, "_copy"):
+            plain.owner().partition_events()
         with pytest.raises(StoreUnavailable, match="made or dropped"):
             store.forget(session_id="s")
         assert len(store.get_events("s")) == 1
@@ -1514,17 +1520,12 @@ def test_adding_partitions_fills_what_only_a_default_one_covered(partitioned: Da
 def test_a_drop_that_was_killed_goes_on_when_run_again(
     partitioned: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     with make_store(partitioned.url) as store:
         store.save_sessions([ended("a", 5), ended("b", 6), ended("c", 7)])
         store.save_events([event(name, month(6)) for name in "abc" for _ in range(5)])
         for step in ("_finish", "_settle"):
-            with monkeypatch.context() as patch:
-                patch.setattr(partitions, step, stop)
-                with pytest.raises(KeyboardInterrupt):
-                    partitioned.owner().drop_partitions(month(32))
+            with killed(monkeypatch, step):
+                partitioned.owner().drop_partitions(month(32))
         # Its events are in a table beside.
         with pytest.raises(StoreUnavailable, match="made or dropped"):
             store.forget(machine_id="m")
@@ -1559,16 +1560,11 @@ def test_a_drop_that_was_killed_goes_on_by_other_bounds_without_harm(
 ) -> None:
     """Sessions whose last events lie aside are judged with them."""
 
-    def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     with make_store(partitioned.url) as store:
         store.save_sessions([session("s", start_time=month(5)), ended("gone", 5)])
         store.save_events([event("s", month(5)), event("s", month(29)), event("gone", month(6))])
-        with monkeypatch.context() as patch:
-            patch.setattr(partitions, "_settle", stop)
-            with pytest.raises(KeyboardInterrupt):
-                partitioned.owner().drop_partitions(month(60))
+        with killed(monkeypatch, "_settle"):
+            partitioned.owner().drop_partitions(month(60))
         assert store.get_events("s") == []
         states = store.session_states()
         with pytest.raises(StoreUnavailable, match="made or dropped"):
@@ -1673,18 +1669,13 @@ def test_no_seq_is_given_out_again_after_a_conversion(plain: Database) -> None:
 def test_nothing_is_archived_copied_or_backed_up_while_events_lie_aside(
     partitioned: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: servers.Server
 ) -> None:
-    def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     other = new_database(server)
     other.owner().apply_schema()
     with make_store(partitioned.url) as store, make_store(other.url) as target:
         store.save_sessions([ended("a", 5), ended("b", 6)])
         store.save_events([event(name, month(6)) for name in "ab" for _ in range(5)])
-        with monkeypatch.context() as patch:
-            patch.setattr(partitions, "_finish", stop)
-            with pytest.raises(KeyboardInterrupt):
-                partitioned.owner().drop_partitions(month(32))
+        with killed(monkeypatch, "_finish"):
+            partitioned.owner().drop_partitions(month(32))
         states = store.session_states()
         refused: list[Callable[[], object]] = [
             lambda: archive(store, tmp_path / "archive", RetentionPolicy()),
@@ -1783,17 +1774,14 @@ def test_a_drop_that_was_interrupted_is_a_problem_until_it_is_done_again(
 ) -> None:
     meanwhile: list[tuple[Level, str]] = []
 
-    def stop(*_: Any) -> Any:
+    def look() -> None:
         meanwhile.extend(told_of_partitions(partitioned))
-        raise KeyboardInterrupt
 
     with make_store(partitioned.url) as store, partitioned.owner() as owner:
         store.save_sessions([ended("a", 5), ended("b", 6)])
         store.save_events([event(name, month(6)) for name in "ab" for _ in range(5)])
-        with monkeypatch.context() as patch:
-            patch.setattr(partitions, "_finish", stop)
-            with pytest.raises(KeyboardInterrupt):
-                partitioned.owner().drop_partitions(month(32))
+        with killed(monkeypatch, "_finish", look):
+            partitioned.owner().drop_partitions(month(32))
         assert meanwhile[0] == (Level.OK, "they are being made or dropped just now")
         assert store.get_events("a") == []
         level, told = told_after_a_kill(partitioned)
@@ -1821,14 +1809,11 @@ def test_a_conversion_that_was_interrupted_is_warned_of(
 ) -> None:
     meanwhile: list[tuple[Level, str]] = []
 
-    def stop(*_: Any) -> Any:
+    def look() -> None:
         meanwhile.extend(told_of_partitions(plain))
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(partitions, "_copy", stop)
-        with pytest.raises(KeyboardInterrupt):
-            plain.owner().partition_events("month", ahead=1)
+    with killed(monkeypatch, "_copy", look):
+        plain.owner().partition_events("month", ahead=1)
     assert meanwhile == [(Level.OK, "they are being made or dropped just now")]
     level, told = told_after_a_kill(plain)
     assert level is Level.WARNING
