@@ -274,86 +274,84 @@ class Keeper:
         self.kept[account.purpose] = account
 
 
+@pytest.fixture
+def new_names(server: servers.Server) -> Iterator[Callable[[], Names]]:
+    """Names for what `setup` makes, which is dropped in the end."""
+    made: list[Names] = []
+
+    def new() -> Names:
+        made.append(Names().of(f"b{len(made)}_{random.randrange(10**6)}"))
+        return made[-1]
+
+    yield new
+    for names in made:
+        server.drop_database(names.database)
+        for role in (names.application, names.reader, names.owner):
+            server.drop_login(role)
+
+
 def test_the_accounts_that_setup_makes_back_up_and_its_database_takes_it(
-    server: servers.Server, tmp_path: Path
+    server: servers.Server, new_names: Callable[[], Names], tmp_path: Path
 ) -> None:
     """The read-only account makes the backup; what a new set-up made is restored into."""
-    drops = []
-    try:
-        for round_ in ("one", "two"):
-            names = Names().of(f"{round_}_{random.randrange(10**6)}")
-            drops.append(names)
-            keeper = Keeper()
-            url = server.url("postgres" if server.kind == "postgresql" else "mysql")
-            with open_store(url).administer(names) as administrator:
-                list(accounts.provide(administrator, keeper))
-                owner = administrator.owner_store()
-            urls = {
-                purpose: server.url(names.database, account.user, account.password)
-                for purpose, account in keeper.kept.items()
-            }
-            with make_store(urls["application"]) as application:
-                if round_ == "one":
-                    application.save_events([event(data=data) for data in PAYLOADS])
-                    application.save_usage("s", [usage()])
-                    with make_store(urls["read-only"]) as reader:
-                        backup(reader, tmp_path / "b")
-                    backup(application, tmp_path / "b2")
-                else:
-                    restore(owner, tmp_path / "b")
-                    assert len(application.get_events("s")) == len(PAYLOADS)
-                    assert application.save_event(event()) is True
-                    assert problems(application) == []
-    finally:
-        for names in drops:
-            server.drop_database(names.database)
-            for role in (names.application, names.reader, names.owner):
-                server.drop_login(role)
+    for round_ in ("one", "two"):
+        names = new_names()
+        keeper = Keeper()
+        url = server.url("postgres" if server.kind == "postgresql" else "mysql")
+        with open_store(url).administer(names) as administrator:
+            list(accounts.provide(administrator, keeper))
+            owner = administrator.owner_store()
+        urls = {
+            purpose: server.url(names.database, account.user, account.password)
+            for purpose, account in keeper.kept.items()
+        }
+        with make_store(urls["application"]) as application:
+            if round_ == "one":
+                application.save_events([event(data=data) for data in PAYLOADS])
+                application.save_usage("s", [usage()])
+                with make_store(urls["read-only"]) as reader:
+                    backup(reader, tmp_path / "b")
+                backup(application, tmp_path / "b2")
+            else:
+                restore(owner, tmp_path / "b")
+                assert len(application.get_events("s")) == len(PAYLOADS)
+                assert application.save_event(event()) is True
+                assert problems(application) == []
 
 
 def test_setup_after_a_partitioned_restore_lets_its_accounts_back_up(
-    server: servers.Server, tmp_path: Path
+    server: servers.Server, new_names: Callable[[], Names], tmp_path: Path
 ) -> None:
     """What was partitioned before there were privileges is open like what comes after."""
-    drops = []
-    try:
-        for round_ in ("one", "two"):
-            names = Names().of(f"{round_}_{random.randrange(10**6)}")
-            drops.append(names)
-            keeper = Keeper()
-            url = server.url("postgres" if server.kind == "postgresql" else "mysql")
-            with open_store(url).administer(names) as administrator:
-                owner = administrator.owner_store()
-                if round_ == "two":
-                    administrator.create_owner()
-                    administrator.create_database()
-                    restore(owner, tmp_path / "one")
-                list(accounts.provide(administrator, keeper))
-                if round_ == "one":
-                    owner.partition_events("month")
-                    owner.discard_unpartitioned()
-                again = list(accounts.provide(administrator, keeper))
-                assert not any(step.changed for step in again)
-            account = keeper.kept["application"]
-            with make_store(
-                server.url(names.database, account.user, account.password)
-            ) as application:
-                application.save_event(event(round_))
-            account = keeper.kept["read-only"]
-            with make_store(server.url(names.database, account.user, account.password)) as reader:
-                backup(reader, tmp_path / round_)
-            if server.kind == "postgresql":
-                rights = (
-                    "SELECT DISTINCT relacl::text FROM pg_class "
-                    "WHERE relname LIKE 'events%' AND relkind IN ('r', 'p')"
-                )
-                owner.partition_events("month", ahead=24)
-                assert len(server.execute(rights, names.database)) == 1
-    finally:
-        for names in drops:
-            server.drop_database(names.database)
-            for role in (names.application, names.reader, names.owner):
-                server.drop_login(role)
+    for round_ in ("one", "two"):
+        names = new_names()
+        keeper = Keeper()
+        url = server.url("postgres" if server.kind == "postgresql" else "mysql")
+        with open_store(url).administer(names) as administrator:
+            owner = administrator.owner_store()
+            if round_ == "two":
+                administrator.create_owner()
+                administrator.create_database()
+                restore(owner, tmp_path / "one")
+            list(accounts.provide(administrator, keeper))
+            if round_ == "one":
+                owner.partition_events("month")
+                owner.discard_unpartitioned()
+            again = list(accounts.provide(administrator, keeper))
+            assert not any(step.changed for step in again)
+        account = keeper.kept["application"]
+        with make_store(server.url(names.database, account.user, account.password)) as application:
+            application.save_event(event(round_))
+        account = keeper.kept["read-only"]
+        with make_store(server.url(names.database, account.user, account.password)) as reader:
+            backup(reader, tmp_path / round_)
+        if server.kind == "postgresql":
+            rights = (
+                "SELECT DISTINCT relacl::text FROM pg_class "
+                "WHERE relname LIKE 'events%' AND relkind IN ('r', 'p')"
+            )
+            owner.partition_events("month", ahead=24)
+            assert len(server.execute(rights, names.database)) == 1
 
 
 def test_a_backup_sees_one_moment_while_writers_go_on(
