@@ -27,10 +27,11 @@ OpenStore = Callable[[argparse.Namespace], BaseStore]
 
 
 def _directory(args: argparse.Namespace) -> Path:
-    if args.directory is None:
+    given: Path | None = args.directory
+    if given is None:
         return default_spool()
     # A slip of the pen would look like a spool in which nothing waits.
-    if not (given := Path(args.directory)).is_dir():
+    if not given.is_dir():
         raise ConfigurationError(f"--directory: {given} is no directory")
     return given
 

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -43,6 +42,7 @@ from contextuate_persist import (
     open_store,
     payload,
 )
+from contextuate_persist.console import without_passwords
 from contextuate_persist.hooks import STREAMING, Capture, hook_event
 from contextuate_persist.inbox import Inbox, default_inbox
 from contextuate_persist.lifecycle import SessionState, usage_path
@@ -426,7 +426,7 @@ if __name__ == "__main__":
         parser.add_argument(name, type=Path, default=default)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     given = parser.parse_args()
-    if given.url and re.search(r"//[^/@]*:[^/@]+@|[?&]password=", given.url):
+    if given.url and without_passwords(given.url) != given.url:
         log.warning("everybody can see the password: put the URL into CONTEXTUATE_DATABASE_URL")
     try:
         sys.exit(asyncio.run(main(given)))
