@@ -1276,9 +1276,12 @@ ALTER TABLE {table} REORGANIZE PARTITION p_rest INTO (
 SELECT_SESSIONS_OF = "SELECT DISTINCT e.session_id FROM {table} AS e"
 
 # CREATE TABLE LIKE would make all partitions, only to have them removed again: a second for twenty
-# of them, where this takes 40 ms. The names of rules are left out, for a database has each once.
+# of them, where this takes 40 ms. The rules are left out: EXCHANGE would try them on each row, even
+# without validation, while nobody can write (1.2 to 2.7 s for 125,000 events).
 SHOW_EVENTS = "SHOW CREATE TABLE events"
-NOT_OF_RETIRED = re.compile(r"CONSTRAINT `[^`]+` (?=CHECK)|/\*!\d+ PARTITION BY.*", re.DOTALL)
+NOT_OF_RETIRED = re.compile(
+    r",\n *CONSTRAINT `[^`]+` CHECK [^\n]*?(?=,?\n)|/\*!\d+ PARTITION BY.*", re.DOTALL
+)
 
 IS_EMPTY = "SELECT NOT EXISTS (SELECT 1 FROM {table})"
 

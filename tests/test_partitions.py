@@ -1468,6 +1468,38 @@ def test_what_others_do_between_the_two_steps_of_a_drop_on_mysql_costs_no_event(
     check_whole(partitioned)
 
 
+@pytest.mark.only("mysql")
+def test_a_partition_is_taken_out_without_a_look_at_its_rows(
+    partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EXCHANGE tries the rules of the table that takes it on each row, while nobody can write."""
+    from contextuate_persist.mysql_store import MySQLPartitions, _unprepared  # noqa: PLC0415
+
+    retire = MySQLPartitions.retire
+    looked: list[int] = []
+
+    def rows_read(session: MySQLPartitions) -> int:
+        status = _unprepared(
+            session._connection, "SHOW SESSION STATUS LIKE 'Handler_read_rnd_next'"
+        )
+        return int(status[0][1])
+
+    def counted(session: MySQLPartitions, partition: partitions.Partition) -> None:
+        before = rows_read(session)
+        retire(session, partition)
+        looked.append(rows_read(session) - before)
+
+    monkeypatch.setattr(MySQLPartitions, "retire", counted)
+    with make_store(partitioned.url) as store:
+        store.save_session(ended("a", 5))
+        store.save_events([event("a", month(6), data={"n": n}) for n in range(3000)])
+        assert len(partitioned.owner().drop_partitions(month(32)).partitions) == 1
+        assert store.get_session("a") is None
+    assert len(looked) == 1
+    assert looked[0] < 2000
+    check_whole(partitioned)
+
+
 def test_the_planner_gets_statistics_of_the_whole_table_every_week(converted: Database) -> None:
     if converted.backend != "postgresql":
         pytest.skip("MySQL counts partitions with their table")
