@@ -1079,8 +1079,10 @@ SELECT_SERVER = "SELECT VERSION(), @@max_allowed_packet, DATABASE()"
 
 # READ COMMITTED, since a reader that never commits would never see a new row, and since the locks
 # of REPEATABLE READ reach between the rows. Chains of sessions may be longer than 1,000. Sizes of
-# tables are asked for seldom, and then a day-old answer is worth nothing. A client that stands
-# still loses its locks after a while; as the server has it without settings, after eight hours.
+# tables are asked for seldom, and then a day-old answer is worth nothing. Deleting the events of a
+# thousand sessions by an index takes more memory than the server allows by itself, and a look at
+# each session, not an average; or else it reads, and locks, all events that there are. A client
+# that stands still loses its locks after a while; by the server's own settings, after eight hours.
 SET_SESSION = """
 SET SESSION
     transaction_isolation = 'READ-COMMITTED',
@@ -1097,6 +1099,8 @@ SET SESSION
 # Of a connection, in a transaction or not: MySQL knows no difference. The pool asks those that were
 # idle for seconds whether they live, and makes another for one that was ended: 40 ms with TLS.
 IDLE_SECONDS = 300
+    range_optimizer_max_mem_size = 0,
+    eq_range_index_dive_limit = 0,
 
 # The driver's own limits for an answer, and for what is sent. Maintenance goes without them.
 DRIVER_LIMITS = ("read_timeout", "write_timeout")

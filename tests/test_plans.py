@@ -684,6 +684,21 @@ def test_what_retention_asks_of_some_sessions_it_finds_by_indexes(full: BaseStor
 
 
 def test_what_a_copy_reads_of_some_sessions_it_finds_by_indexes(full: BaseStore) -> None:
+def test_the_events_of_very_many_sessions_are_found_by_an_index(full: BaseStore) -> None:
+    """MySQL has a limit of memory for that, above which it would read all events."""
+    ids = [f"none {number}" for number in range(2000)]
+    with watched(full) as plans:
+        deleted = full._run(
+            lambda connection: full._delete_some_events(connection, ids, 10), transaction=True
+        )
+    assert deleted == 0
+    expected = {
+        "postgresql": "idx_events_session_timestamp events_pkey",
+        "mysql": "events.PRIMARY",
+    }
+    check(plans, expected[full.backend], set(), set())
+
+
     ids = [name(number) for number in (1, 2, 2_990)]
     with watched(full) as plans:
         assert len(full.sessions_of(ids)) == 3
