@@ -1257,6 +1257,10 @@ IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM {table})"
 # any session of a year: 64 buffers instead of 45). So the first and the last are replaced when
 # their bounds change: attaching one again would lock sessions against readers in the same step.
 RENAME_REPLACED = "ALTER TABLE {name} RENAME TO events_replaced"
+
+# Of what stops nobody, but has to wait at its end for everybody who has begun to read: a backup.
+WAIT_FOR_READERS = "SET lock_timeout = 0"
+WAIT_AS_BEFORE = "SELECT set_config('lock_timeout', %(lock)s, FALSE)"
 MOVE_REPLACED = f"""
 INSERT INTO events ({EVENT_COLUMNS})
 SELECT {EVENT_COLUMNS} FROM events_replaced
@@ -3019,8 +3023,9 @@ class PostgreSQLPartitions:
                 self._connection.execute(foreign_key)
         valid = self._connection.execute(SELECT_SEQ_INDEX).fetchone()
         if valid is None or not valid[0]:
-            self._connection.execute(DROP_SEQ_INDEX)
-            self._connection.execute(CREATE_SEQ_INDEX)
+            with self._unhurried():
+                self._connection.execute(DROP_SEQ_INDEX)
+                self._connection.execute(CREATE_SEQ_INDEX)
 
     def _create_following(self, spans: Sequence[Span], table: str = "events") -> None:
         for span in spans:
@@ -3058,8 +3063,9 @@ class PostgreSQLPartitions:
         return self._connection.execute(COPY_CHUNK, {"after": after, "upto": upto}).rowcount
 
     def refresh(self) -> None:
-        self._connection.execute("VACUUM (ANALYZE) events_partitioned")
-        self._connection.execute("VACUUM (ANALYZE) event_ids")
+        with self._unhurried():
+            self._connection.execute("VACUUM (ANALYZE) events_partitioned")
+            self._connection.execute("VACUUM (ANALYZE) event_ids")
 
     def compare(self, upto: int) -> list[tuple[str, int, int]]:
         return self._connection.execute(COMPARE_COPIES, {"upto": upto}).fetchall()
@@ -3209,6 +3215,17 @@ class PostgreSQLPartitions:
             self._lock_ms = SHORTEST_LOCK_MS
         except pg.LockNotAvailable:
             self._lock_ms = min(2 * self._lock_ms, LONGEST_LOCK_MS)
+    @contextmanager
+    def _unhurried(self) -> Iterator[None]:
+        """Wait for readers as long as they read: what stops no writer would be done in vain."""
+        [(lock,)] = self._connection.execute(SELECT_LOCK_TIMEOUT).fetchall()
+        self._connection.execute(WAIT_FOR_READERS)
+        try:
+            yield
+        finally:
+            if not self._connection.closed:
+                self._connection.execute(WAIT_AS_BEFORE, {"lock": lock})
+
             raise
         finally:
             self.longest_wait = max(self.longest_wait, time.monotonic() - asked)

@@ -356,6 +356,32 @@ def test_nothing_is_lost_or_doubled_while_events_is_partitioned(plain: Database)
 
 
 @pytest.mark.only("postgresql")
+def test_a_conversion_waits_for_who_reads_instead_of_building_its_index_again(
+    plain: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextuate_persist.postgresql_store import PostgreSQLPartitions  # noqa: PLC0415
+
+    prepare, tries = PostgreSQLPartitions.prepare, []
+
+    def counted(session: PostgreSQLPartitions, spans: Any) -> None:
+        tries.append(spans)
+        prepare(session, spans)
+
+    monkeypatch.setattr(PostgreSQLPartitions, "prepare", counted)
+    with psycopg.connect(plain.url) as reader:
+        reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT 1")
+        leaving = threading.Timer(2.5, reader.rollback)
+        leaving.start()
+        try:
+            with make_store(plain.owner_url, lock_timeout=1) as owner:
+                assert owner.partition_events("month").converted
+        finally:
+            leaving.join()
+    assert len(tries) == 1
+
+
+@pytest.mark.only("postgresql")
 def test_a_session_made_anew_while_its_events_are_copied_has_its_new_ones_only(
     plain: Database,
 ) -> None:
