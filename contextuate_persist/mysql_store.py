@@ -1210,12 +1210,13 @@ COMPARE_COPIES = """
 SELECT counted.session_id, CAST(SUM(counted.old) AS SIGNED), CAST(SUM(counted.new) AS SIGNED)
 FROM (
     SELECT e.session_id, COUNT(*) AS old, 0 AS new
-    FROM events AS e
+    FROM events AS e IGNORE INDEX FOR GROUP BY (PRIMARY)
     WHERE e.seq <= %(upto)s
     GROUP BY e.session_id
     UNION ALL
     SELECT p.session_id, 0, COUNT(*)
-    FROM events_partitioned AS p
+# From indexes, not from the rows themselves, as SELECT_TALLIES.
+    FROM events_partitioned AS p IGNORE INDEX FOR GROUP BY (PRIMARY)
     WHERE p.seq <= %(upto)s
     GROUP BY p.session_id
 ) AS counted
@@ -1349,7 +1350,8 @@ WHERE e.seq IS NULL
 
 # --- Copies ---------------------------------------------------------------------------------------
 
-# Enough to see which sessions two databases have in common, and read from indexes alone.
+# Enough to see which sessions two databases have in common, and read from indexes alone: to save
+# sorting for GROUP BY, the server would read all rows of the table.
 SELECT_TALLIES = """
 SELECT
     s.session_id,
@@ -1362,7 +1364,7 @@ SELECT
 FROM sessions AS s
 LEFT JOIN (
     SELECT session_id, COUNT(*) AS amount, SUM(timestamp) AS total
-    FROM events
+    FROM events IGNORE INDEX FOR GROUP BY (PRIMARY)
     GROUP BY session_id
 ) AS e ON e.session_id = s.session_id
 LEFT JOIN (
