@@ -288,10 +288,17 @@ BIG_KEYS = (
 )
 CONTAINS_INDEXED = "(e.data - '{" + ",".join(BIG_KEYS) + "}'::text[]) @> %(contains_indexed)s AND "
 
+# Of all but a few events from an index alone.
 COUNT_EVENTS = """
-SELECT COALESCE(e.event_type_name, e.event_type::text), count(*)
+SELECT e.event_type::text, count(*)
 FROM events AS e
-GROUP BY e.event_type, e.event_type_name
+WHERE e.event_type <> 'other'
+GROUP BY e.event_type
+UNION ALL
+SELECT COALESCE(e.event_type_name, 'other'), count(*)
+FROM events AS e
+WHERE e.event_type = 'other'
+GROUP BY e.event_type_name
 """
 
 COUNT_SESSION_EVENTS = """
