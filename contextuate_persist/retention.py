@@ -348,6 +348,7 @@ class Valve:
         if policy is not None:
             self._policy = replace(policy, max_bytes=size)
         self._used = 0
+        self._blind = False  # and has said so
         self.full = False
         self.reset()
 
@@ -386,7 +387,14 @@ class Valve:
         try:
             self.check()
         except PersistenceError as error:  # the next look may find the database back
-            log.debug("the size of the database cannot be told: %s", error)
+            log.log(
+                logging.DEBUG if self._blind else logging.WARNING,
+                "storage_limit is not watched over: %s",
+                error,
+            )
+            self._blind = True
+        else:
+            self._blind = False
         finally:
             now = time.monotonic()
             self._due = now + max(CHECK_SECONDS, (now - begun) / _PART_OF_TIME)

@@ -20,6 +20,7 @@ from contextuate_persist import (
     ConfigurationError,
     EventWriter,
     StorageFull,
+    StoreRefused,
     StoreUnavailable,
     open_store,
     retention,
@@ -500,6 +501,25 @@ def test_pruning_makes_room_by_deleting_what_was_active_longest_ago(
         assert names(store) == {"s0", *(f"s{i}" for i in range(3, 10)), "now"}
         assert not valve(pruning).full
         valve(pruning).check()
+def test_a_limit_that_cannot_be_watched_over_is_told_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = [StoreRefused("not to you"), StoreRefused("not to you"), 1, StoreRefused("again")]
+
+    def size(store: BaseStore) -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(BaseStore, "size", size)
+    with limited(database, 10**9, "warn") as warned:
+        for _ in range(4):
+            valve(warned)._run()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [f"storage_limit is not watched over: {why}" for why in ("not to you", "again")]
+
+
         assert len(names(store)) == 9
     everything = RetentionPolicy(max_age_days=10.5)
     with limited(database, weight(store) - 100, "prune", retention_policy=everything) as pruning:
