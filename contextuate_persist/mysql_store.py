@@ -1323,18 +1323,15 @@ WHERE {IS_GIVEN_BACK}
 """
 
 SELECT_RETIRED = """
-SELECT r.session_id, r.timestamp, r.seq
-FROM events_retired AS r
-WHERE r.session_id >= %(session_id)s
-    AND (
-        r.session_id > %(session_id)s
-        OR r.timestamp > %(timestamp)s
-        OR r.timestamp = %(timestamp)s AND r.seq > %(seq)s
-    )
-ORDER BY r.session_id, r.timestamp, r.seq
+SELECT r.timestamp, r.seq
+FROM events_retired AS r FORCE INDEX (idx_timestamp)
+WHERE r.timestamp >= %(timestamp)s
+    AND (r.timestamp > %(timestamp)s OR r.seq > %(seq)s)
+ORDER BY r.timestamp, r.seq
 LIMIT %(rows)s
 """
 
+# From an index alone, page after page: the rows with their payloads are fifty times as large.
 FORGET_IDS = """
 DELETE FROM event_ids
 WHERE seq IN (%(seqs)s)
@@ -2791,12 +2788,12 @@ class MySQLPartitions:
         return deleted
 
     def forget_ids(self, after: Any, rows: int) -> Any:
-        session_id, timestamp, seq = after or ("", 0, 0)
-        place = {"session_id": session_id, "timestamp": timestamp, "seq": seq, "rows": rows}
+        timestamp, seq = after or (0, 0)
+        place = {"timestamp": timestamp, "seq": seq, "rows": rows}
         some = _execute(self._connection, SELECT_RETIRED, place)
         if not some:
             return None
-        _send(self._connection, FORGET_IDS, {"seqs": [row[2] for row in some]})
+        _send(self._connection, FORGET_IDS, {"seqs": [row[1] for row in some]})
         return some[-1]
 
     def drop_retired(self) -> None:
