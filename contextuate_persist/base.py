@@ -94,6 +94,8 @@ _PAGE_BYTES = 4 * 2**20
 _SLICE_ROWS = 1024
 _DELETE_SESSIONS = 200
 _DELETE_EVENTS = 1000
+# Of each the last event is looked up, in every partition: at worst in some dozen pages on the disk.
+_STATES = 1000
 _LONGEST_TIMEOUT = 1_000_000  # seconds; in milliseconds it still fits the servers' settings
 
 
@@ -874,7 +876,7 @@ class BaseStore(ABC):
 
         pruned = 0
         batch: list[str] = []
-        found = trees.linked_groups(dict(self._run(partial(self._select_prunable, due=due))))
+        found = self._prunable_trees(older_than)
         for position, tree in enumerate(found):
             batch += tree
             if len(batch) >= _DELETE_SESSIONS or position == len(found) - 1:
@@ -882,6 +884,16 @@ class BaseStore(ABC):
                 batch = []
         self.forget_old_deletions()
         return pruned
+
+    def _prunable_trees(self, older_than: int) -> list[list[str]]:
+        """As SELECT_PRUNABLE, but page by page: all at once may take too long for one statement."""
+        states = self.session_states()
+        parents = {one.session_id: one.parent_id for one in states}
+        whole = trees.whole_trees(
+            (one.session_id, one.parent_id, not one.is_pinned and one.last_active < older_than)
+            for one in states
+        )
+        return trees.linked_groups({one: parents[one] for one in whole})
 
     def _delete_prunable(self, connection: Any, ids: list[str], due: Due) -> int:
         """Lock the sessions, whole trees, and delete those of which all is still due."""
@@ -891,7 +903,7 @@ class BaseStore(ABC):
         above = sorted({parent for _, parent, _ in rows if parent is not None} - known)
         # What hangs on a tree now, or what it hangs on, keeps it: nobody knew it, or it was in
         # another tree. A parent that is not stored keeps nothing by itself.
-        held = {row[0] for row in self._select_states(connection, above)} if above else set()
+        held = {row[0] for row in self._select_states_of(connection, above)} if above else set()
         links = self._select_links(connection, [*ids, *above])
         held.update(parent for child, parent in links if child not in known)
         whole = trees.whole_trees(
@@ -1073,11 +1085,17 @@ class BaseStore(ABC):
     # --- Retention: what `retention` and `archive` are made of ------------------------------------
 
     def session_states(self) -> list[SessionState]:
-        """What retention goes by, of every session, also of those that are only referred to."""
-        return [records.state_from_row(row) for row in self._run(self._all_states)]
+        """What retention goes by, of every session, also of those that are only referred to.
 
-    def _all_states(self, connection: Any) -> list[Any]:
-        return self._select_states(connection, None)
+        Read page by page, so not of one moment: who deletes by it looks again under its locks.
+        """
+        states: list[SessionState] = []
+        after: str | None = ""
+        while after is not None:
+            rows = self._run(partial(self._select_states, after=after, limit=_STATES))
+            states += map(records.state_from_row, rows)
+            after = rows[-1][0] if len(rows) == _STATES else None
+        return states
 
     def weigh_sessions(self, ids: Sequence[str]) -> dict[str, Weight]:
         """How many events each session has and how many bytes these take, roughly.
@@ -1180,7 +1198,7 @@ class BaseStore(ABC):
             self._lock_sessions(connection, ids)
             above = {state.parent_id for state in states if state.parent_id is not None}
             family = sorted(above.union(ids))
-            found = [*map(records.state_from_row, self._select_states(connection, family))]
+            found = [*map(records.state_from_row, self._select_states_of(connection, family))]
             same = {state.session_id for state in found if state == known.get(state.session_id)}
             # Behind the locks, without which no session gets events back or loses them for good.
             self._require_all_events(connection)
@@ -1779,8 +1797,12 @@ class BaseStore(ABC):
         """Empty the machine and directory of those that are mere references."""
 
     @abstractmethod
-    def _select_states(self, connection: Any, ids: list[str] | None) -> list[Any]:
-        """Rows of SessionState, of these sessions or of all."""
+    def _select_states(self, connection: Any, after: str, limit: int) -> list[Any]:
+        """Rows of SessionState, of the next sessions behind one, by id."""
+
+    @abstractmethod
+    def _select_states_of(self, connection: Any, ids: list[str]) -> list[Any]:
+        """Rows of SessionState, of these sessions."""
 
     @abstractmethod
     def _select_links(self, connection: Any, ids: list[str]) -> list[Any]:

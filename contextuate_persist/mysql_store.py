@@ -896,8 +896,8 @@ WHERE session_id IN (%(session_ids)s) AND known_from = 'reference'
 
 # --- Retention ------------------------------------------------------------------------------------
 
-# What retention goes by: of every session, or of those that are locked.
-SELECT_STATES = f"""
+# What retention goes by: of every session, page by page, or of those that are locked.
+STATE_OF_SESSION = f"""
 SELECT
     s.session_id,
     s.effective_parent_id,
@@ -909,8 +909,17 @@ SELECT
 FROM sessions AS s
 """
 
+SELECT_STATES = (
+    STATE_OF_SESSION
+    + """
+WHERE s.session_id > %(after)s
+ORDER BY s.session_id
+LIMIT %(limit)s
+"""
+)
+
 SELECT_STATES_OF = (
-    SELECT_STATES
+    STATE_OF_SESSION
     + """
 JOIN JSON_TABLE(
     %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
@@ -1090,6 +1099,8 @@ SET SESSION
     time_zone = '+00:00',
     cte_max_recursion_depth = 4294967295,
     information_schema_stats_expiry = 0,
+    range_optimizer_max_mem_size = 0,
+    eq_range_index_dive_limit = 0,
     wait_timeout = CAST(LEAST(@@wait_timeout, {idle_seconds}) AS UNSIGNED),
     innodb_lock_wait_timeout = {lock_seconds},
     lock_wait_timeout = {lock_seconds},
@@ -1099,8 +1110,6 @@ SET SESSION
 # Of a connection, in a transaction or not: MySQL knows no difference. The pool asks those that were
 # idle for seconds whether they live, and makes another for one that was ended: 40 ms with TLS.
 IDLE_SECONDS = 300
-    range_optimizer_max_mem_size = 0,
-    eq_range_index_dive_limit = 0,
 
 # The driver's own limits for an answer, and for what is sent. Maintenance goes without them.
 DRIVER_LIMITS = ("read_timeout", "write_timeout")
@@ -1206,6 +1215,7 @@ WHERE e.seq > %(after)s AND e.seq <= %(upto)s
 ON DUPLICATE KEY UPDATE seq = VALUES(seq), timestamp = VALUES(timestamp)
 """
 
+# From indexes, not from the rows themselves, as SELECT_TALLIES.
 COMPARE_COPIES = """
 SELECT counted.session_id, CAST(SUM(counted.old) AS SIGNED), CAST(SUM(counted.new) AS SIGNED)
 FROM (
@@ -1215,7 +1225,6 @@ FROM (
     GROUP BY e.session_id
     UNION ALL
     SELECT p.session_id, 0, COUNT(*)
-# From indexes, not from the rows themselves, as SELECT_TALLIES.
     FROM events_partitioned AS p IGNORE INDEX FOR GROUP BY (PRIMARY)
     WHERE p.seq <= %(upto)s
     GROUP BY p.session_id
@@ -1322,6 +1331,7 @@ DELETE FROM events_retired
 WHERE {IS_GIVEN_BACK}
 """
 
+# From an index alone, page after page: the rows with their payloads are fifty times as large.
 SELECT_RETIRED = """
 SELECT r.timestamp, r.seq
 FROM events_retired AS r FORCE INDEX (idx_timestamp)
@@ -1331,7 +1341,6 @@ ORDER BY r.timestamp, r.seq
 LIMIT %(rows)s
 """
 
-# From an index alone, page after page: the rows with their payloads are fifty times as large.
 FORGET_IDS = """
 DELETE FROM event_ids
 WHERE seq IN (%(seqs)s)
@@ -2282,9 +2291,10 @@ class MySQLStore(BaseStore):
 
     # --- Retention --------------------------------------------------------------------------------
 
-    def _select_states(self, connection: Any, ids: list[str] | None) -> list[Any]:
-        if ids is None:
-            return _execute(connection, SELECT_STATES)
+    def _select_states(self, connection: Any, after: str, limit: int) -> list[Any]:
+        return _execute(connection, SELECT_STATES, {"after": after, "limit": limit})
+
+    def _select_states_of(self, connection: Any, ids: list[str]) -> list[Any]:
         return _execute(connection, SELECT_STATES_OF, {"session_ids": records.json_list(ids)})
 
     def _select_links(self, connection: Any, ids: list[str]) -> list[Any]:

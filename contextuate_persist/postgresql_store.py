@@ -865,8 +865,8 @@ WHERE session_id = ANY(%(session_ids)s::text[]) AND known_from = 'reference'
 
 # --- Retention ------------------------------------------------------------------------------------
 
-# What retention goes by: of every session, or of those that are locked.
-SELECT_STATES = f"""
+# What retention goes by: of every session, page by page, or of those that are locked.
+STATE_OF_SESSION = f"""
 SELECT
     s.session_id,
     s.effective_parent_id,
@@ -878,7 +878,16 @@ SELECT
 FROM sessions AS s
 """
 
-SELECT_STATES_OF = SELECT_STATES + "WHERE s.session_id = ANY(%(session_ids)s::text[])"
+SELECT_STATES = (
+    STATE_OF_SESSION
+    + """
+WHERE s.session_id > %(after)s
+ORDER BY s.session_id
+LIMIT %(limit)s
+"""
+)
+
+SELECT_STATES_OF = STATE_OF_SESSION + "WHERE s.session_id = ANY(%(session_ids)s::text[])"
 
 SELECT_LINKS = """
 SELECT s.session_id, s.effective_parent_id
@@ -1248,6 +1257,10 @@ WHERE version = (SELECT max(v.version) FROM schema_version AS v) AND layout <> '
 """
 
 SET_LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %(lock)s, TRUE)"
+
+# Of what stops nobody, but has to wait at its end for everybody who has begun to read: a backup.
+WAIT_FOR_READERS = "SET lock_timeout = 0"
+WAIT_AS_BEFORE = "SELECT set_config('lock_timeout', %(lock)s, FALSE)"
 SHORTEST_LOCK_MS, LONGEST_LOCK_MS = 100, 5000
 
 # The first is what the foreign key of a partition that comes or goes asks for.
@@ -1264,10 +1277,6 @@ IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM {table})"
 # any session of a year: 64 buffers instead of 45). So the first and the last are replaced when
 # their bounds change: attaching one again would lock sessions against readers in the same step.
 RENAME_REPLACED = "ALTER TABLE {name} RENAME TO events_replaced"
-
-# Of what stops nobody, but has to wait at its end for everybody who has begun to read: a backup.
-WAIT_FOR_READERS = "SET lock_timeout = 0"
-WAIT_AS_BEFORE = "SELECT set_config('lock_timeout', %(lock)s, FALSE)"
 MOVE_REPLACED = f"""
 INSERT INTO events ({EVENT_COLUMNS})
 SELECT {EVENT_COLUMNS} FROM events_replaced
@@ -2657,10 +2666,11 @@ class PostgreSQLStore(BaseStore):
     # --- Retention --------------------------------------------------------------------------------
 
     def _select_states(
-        self, connection: psycopg.Connection[Any], ids: list[str] | None
+        self, connection: psycopg.Connection[Any], after: str, limit: int
     ) -> list[Any]:
-        if ids is None:
-            return connection.execute(SELECT_STATES).fetchall()
+        return connection.execute(SELECT_STATES, {"after": after, "limit": limit}).fetchall()
+
+    def _select_states_of(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[Any]:
         return connection.execute(SELECT_STATES_OF, {"session_ids": ids}).fetchall()
 
     def _select_links(self, connection: psycopg.Connection[Any], ids: list[str]) -> list[Any]:
@@ -3206,6 +3216,17 @@ class PostgreSQLPartitions:
         self._connection.execute(sql.SQL(statement).format(**words))
 
     @contextmanager
+    def _unhurried(self) -> Iterator[None]:
+        """Wait for readers as long as they read: what stops no writer would be done in vain."""
+        [(lock,)] = self._connection.execute(SELECT_LOCK_TIMEOUT).fetchall()
+        self._connection.execute(WAIT_FOR_READERS)
+        try:
+            yield
+        finally:
+            if not self._connection.closed:
+                self._connection.execute(WAIT_AS_BEFORE, {"lock": lock})
+
+    @contextmanager
     def _locked(self, *locks: LiteralString) -> Iterator[None]:
         """A transaction that stops writers; how long, at most, is remembered.
 
@@ -3222,17 +3243,6 @@ class PostgreSQLPartitions:
             self._lock_ms = SHORTEST_LOCK_MS
         except pg.LockNotAvailable:
             self._lock_ms = min(2 * self._lock_ms, LONGEST_LOCK_MS)
-    @contextmanager
-    def _unhurried(self) -> Iterator[None]:
-        """Wait for readers as long as they read: what stops no writer would be done in vain."""
-        [(lock,)] = self._connection.execute(SELECT_LOCK_TIMEOUT).fetchall()
-        self._connection.execute(WAIT_FOR_READERS)
-        try:
-            yield
-        finally:
-            if not self._connection.closed:
-                self._connection.execute(WAIT_AS_BEFORE, {"lock": lock})
-
             raise
         finally:
             self.longest_wait = max(self.longest_wait, time.monotonic() - asked)

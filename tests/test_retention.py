@@ -22,6 +22,7 @@ from contextuate_persist import (
     StorageFull,
     StoreRefused,
     StoreUnavailable,
+    base,
     open_store,
     retention,
 )
@@ -294,6 +295,17 @@ def test_the_tree_of_what_changed_meanwhile_is_spared(
     assert "kept runner" in names(store)
 
 
+@pytest.mark.parametrize("count", [4, 5])
+def test_sessions_are_looked_at_page_by_page(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(base, "_STATES", 2)
+    store.save_sessions([session(f"s{number}", **OLD) for number in range(count)])
+    assert [one.session_id for one in store.session_states()] == [f"s{n}" for n in range(count)]
+    assert store.prune_old_sessions(T0 * 2) == count
+    assert store.session_states() == []
+
+
 @pytest.mark.parametrize("link", ["parent_session_id", "manual_parent_session_id"])
 def test_two_trees_of_one_step_that_are_one_meanwhile_are_spared(
     store: BaseStore, monkeypatch: pytest.MonkeyPatch, link: str
@@ -489,18 +501,6 @@ def test_the_limit_is_told_once_and_again_only_after_a_tenth_is_free(
         assert warned.save_event(event("more", NOW)) is True
 
 
-def test_pruning_makes_room_by_deleting_what_was_active_longest_ago(
-    store: BaseStore, database: Database, grown: None
-) -> None:
-    for number in range(10):
-        store.save_events(big(f"s{number}", 20 - number))
-    store.update_session("s0", is_pinned=True)
-    store.save_events(big("now", 0))
-    with limited(database, weight(store) - 100, "prune") as pruning:
-        valve(pruning).check()
-        assert names(store) == {"s0", *(f"s{i}" for i in range(3, 10)), "now"}
-        assert not valve(pruning).full
-        valve(pruning).check()
 def test_a_limit_that_cannot_be_watched_over_is_told_once(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -520,6 +520,18 @@ def test_a_limit_that_cannot_be_watched_over_is_told_once(
     assert told == [f"storage_limit is not watched over: {why}" for why in ("not to you", "again")]
 
 
+def test_pruning_makes_room_by_deleting_what_was_active_longest_ago(
+    store: BaseStore, database: Database, grown: None
+) -> None:
+    for number in range(10):
+        store.save_events(big(f"s{number}", 20 - number))
+    store.update_session("s0", is_pinned=True)
+    store.save_events(big("now", 0))
+    with limited(database, weight(store) - 100, "prune") as pruning:
+        valve(pruning).check()
+        assert names(store) == {"s0", *(f"s{i}" for i in range(3, 10)), "now"}
+        assert not valve(pruning).full
+        valve(pruning).check()
         assert len(names(store)) == 9
     everything = RetentionPolicy(max_age_days=10.5)
     with limited(database, weight(store) - 100, "prune", retention_policy=everything) as pruning:

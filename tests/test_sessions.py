@@ -891,9 +891,11 @@ def test_what_is_not_there_is_not_deleted_by_a_second_try_either(
 
 
 def due(store: BaseStore, older_than: int) -> set[str]:
-    """What a pruning begins with; locked, it is checked once more."""
+    """What a pruning, or a drop of partitions, begins with; locked, it is checked once more."""
     rows = store._run(lambda connection: store._select_prunable(connection, Due(older_than)))
-    return {session_id for session_id, _ in rows}
+    found = {session_id for session_id, _ in rows}
+    assert {one for tree in store._prunable_trees(older_than) for one in tree} == found
+    return found
 
 
 def test_pruning_goes_by_the_end_else_the_last_event_else_the_start(store: BaseStore) -> None:
@@ -1017,14 +1019,14 @@ def test_pruning_spares_the_tree_of_what_changed_while_it_ran(
         store.save_session(session(f"{name} child", parent_session_id=name, **ended))
         store.save_session(session(f"{name} runner", parent_session_id=name))
         store.save_event(event(f"{name} runner", T0))
-    select = store._select_prunable
+    select = store.session_states
 
-    def then_change(connection: Any, due: Due) -> list[Any]:
-        rows = list(select(connection, due))
+    def then_change() -> list[Any]:
+        states = select()
         change(store)
-        return rows
+        return states
 
-    monkeypatch.setattr(store, "_select_prunable", then_change)
+    monkeypatch.setattr(store, "session_states", then_change)
     assert store.prune_old_sessions(T0 + 1) == 3
     left = {s.session_id for s in store.get_sessions()} - {"new"}
     assert left == {"kept", "kept child", "kept runner"}
@@ -1037,14 +1039,14 @@ def test_pruning_spares_siblings_of_an_absent_parent_together(
         ward = session(f"s{number}", manual_parent_session_id="absent", end_time=T0)
         store.save_session(ward)
         store.update_session(f"s{number}", status="completed", end_time=T0)
-    select = store._select_prunable
+    select = store.session_states
 
-    def then_pin(connection: Any, due: Due) -> list[Any]:
-        rows = list(select(connection, due))
+    def then_pin() -> list[Any]:
+        states = select()
         store.update_session("s2", is_pinned=True)
-        return rows
+        return states
 
-    monkeypatch.setattr(store, "_select_prunable", then_pin)
+    monkeypatch.setattr(store, "session_states", then_pin)
     assert store.prune_old_sessions(T0 + 1) == 0
     assert len(store.get_sessions()) == 4
 
