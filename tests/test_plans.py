@@ -684,7 +684,6 @@ def test_what_retention_asks_of_some_sessions_it_finds_by_indexes(full: BaseStor
     check(plans, expected[full.backend], {"s", "e", "t"}, set())  # a few are sorted, to lock them
 
 
-def test_what_a_copy_reads_of_some_sessions_it_finds_by_indexes(full: BaseStore) -> None:
 def test_the_events_of_very_many_sessions_are_found_by_an_index(full: BaseStore) -> None:
     """MySQL has a limit of memory for that, above which it would read all events."""
     ids = [f"none {number}" for number in range(2000)]
@@ -700,6 +699,7 @@ def test_the_events_of_very_many_sessions_are_found_by_an_index(full: BaseStore)
     check(plans, expected[full.backend], set(), set())
 
 
+def test_what_a_copy_reads_of_some_sessions_it_finds_by_indexes(full: BaseStore) -> None:
     ids = [name(number) for number in (1, 2, 2_990)]
     with watched(full) as plans:
         assert len(full.sessions_of(ids)) == 3
