@@ -254,13 +254,15 @@ def restore(
     identity: str | os.PathLike[str] | None = None,
     passphrase_file: Path | None = None,
     progress: Progress | None = None,
+    is_trial: bool = False,
 ) -> Backup:
     """Load a backup into an empty database, as its owner, and compare what is there then.
 
     The store need not be open. The database has no tables of ours, or the schema and no rows: then
     its privileges stay as they are. The whole file is verified before anything is changed, and rows
     come all or none: one that was killed may be run again. Counts, and the sums of every session,
-    are compared with those that were taken with the backup.
+    are compared with those that were taken with the backup. With `is_trial` MySQL leaves the rows
+    out of its binary log, if the account may ask for that.
 
     Raises what `verify_backup` raises; ConfigurationError for a database that holds data and for a
     backup of the other kind of server; SchemaError for another version of the schema; DamagedFile
@@ -292,6 +294,7 @@ def restore(
                 script=_statements(reader.small.script, store.backend),
                 structure=reader.small.structure,
                 data=rows,
+                is_trial=is_trial,
             )
             dumper.load(session, loaded)
             lines = read_lines(decompressed(itertools.chain(Parts(data.rest(), "sessions"))))
@@ -418,7 +421,12 @@ def restore_test(
     name = f"contextuate_restore_{secrets.token_hex(4)}"
     with _of_administrator(url).scratch(name) as store:
         return restore(
-            store, path, identity=identity, passphrase_file=passphrase_file, progress=progress
+            store,
+            path,
+            identity=identity,
+            passphrase_file=passphrase_file,
+            progress=progress,
+            is_trial=True,
         )
 
 

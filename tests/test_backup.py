@@ -1285,6 +1285,27 @@ def test_a_test_finds_what_the_files_own_sums_do_not(
         restore_test(tmp_path / "wrong", server.admin_url)
 
 
+@pytest.mark.only("mysql")
+@pytest.mark.parametrize("may", [True, False])
+def test_what_is_restored_to_try_a_backup_stays_out_of_the_binary_log_if_it_may(
+    filled: BaseStore,
+    server: servers.Server,
+    tmp_path: Path,
+    may: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def logged() -> int:
+        return sum(int(size) for _, size, *_ in server.execute("SHOW BINARY LOGS"))
+
+    if not may:
+        monkeypatch.setattr(dumps, "LEAVE_LOG", b"SET SESSION none_of_ours = 0;\n")
+    backup(filled, tmp_path / "b")
+    before = logged()
+    restore_test(tmp_path / "b", server.admin_url)
+    # The longest payload alone has three megabytes.
+    assert (logged() - before < 2**20) is may
+
+
 def test_a_test_that_is_interrupted_leaves_no_database(server: servers.Server) -> None:
     """What a killed program has begun goes on in the server, or is undone there, for a while."""
     before = databases(server)
