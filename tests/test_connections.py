@@ -528,9 +528,9 @@ def test_what_is_committed_meanwhile_is_seen_whatever_the_servers_default(
         empty_database.execute(f"ALTER ROLE {empty_database.user} SET {default}")
     empty_database.owner().apply_schema()
     with make_store(empty_database.url) as store, store._connection(True) as connection:
-        assert store._select_states(connection, None) == []
+        assert store._select_states(connection, "", 9) == []
         store.save_session(session("s"))
-        assert len(store._select_states(connection, None)) == 1
+        assert len(store._select_states(connection, "", 9)) == 1
 
 
 @pytest.mark.parametrize(
