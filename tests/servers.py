@@ -187,6 +187,13 @@ class _Warden:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), what)
 
+    def forget_memory(self) -> None:
+        """Free the shared memory of a PostgreSQL that could not do so itself, being killed."""
+        pid_file = os.path.join(self.setup["directory"], "data", "postmaster.pid")
+        with contextlib.suppress(OSError, IndexError, ValueError), open(pid_file) as lines:
+            key_and_id = lines.read().split("\n")[6]
+            self.libc.shmctl(int(key_and_id.split()[1]), 0, None)  # IPC_RMID
+
     def command(self, name: str) -> None:
         if self.setup[name]:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -221,6 +228,7 @@ class _Warden:
         with contextlib.suppress(OSError):
             self.serve()
         self.kill()
+        self.forget_memory()
         self.command("remove")
         if self.disk is not None:
             self.libc.umount2(self.disk.encode(), 2)  # MNT_DETACH; its directory can then go
@@ -1004,6 +1012,8 @@ POSTGRESQL_OPTIONS: Mapping[str, str | int] = {
     "shared_buffers": "32MB",
     "max_connections": 100,
     "max_wal_size": "256MB",
+    # In files of its own directory, which go with it, also when it is killed.
+    "dynamic_shared_memory_type": "mmap",
 }
 
 
