@@ -8,6 +8,8 @@ import os
 import re
 import secrets
 import signal
+import subprocess
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,6 +126,27 @@ class Database:
 
     def execute(self, statement: str) -> list[Any]:
         return self.server.execute(statement, self.name)
+
+    def connections(self) -> set[int]:
+        """Those that the application's account has at the server by now."""
+        rows = self.execute(
+            f"SELECT pid FROM pg_stat_activity WHERE usename = '{self.user}'"
+            if self.backend == "postgresql"
+            else f"SELECT id FROM information_schema.processlist WHERE user = '{self.user}'"
+        )
+        return {number for (number,) in rows}
+
+    def wait_for_end_of(self, process: subprocess.Popen[Any], others: set[int]) -> int:
+        """Wait for a killed process, and until the server is through with its last statement.
+
+        That may well be a commit. `others` are the connections that there were before it.
+        """
+        status = process.wait(20)
+        until = time.monotonic() + 20
+        while self.connections() - others:
+            assert time.monotonic() < until, "the server goes on with a statement of the killed"
+            time.sleep(0.005)
+        return status
 
     def clear(self) -> None:
         tables: tuple[str, ...] = ("sessions", "deleted_sessions")

@@ -946,19 +946,19 @@ def test_an_import_that_was_killed_before_it_counted_is_completed_by_the_next(
 # --- Killed ---------------------------------------------------------------------------------------
 
 
-def archive_killed(url: str, directory: Path, seconds: float) -> bool:
+def archive_killed(database: Database, directory: Path, seconds: float) -> bool:
     """Kill an archiving so long after it began to write; whether it still ran."""
-    before = {*directory.glob("*.gz*")}
+    before, others = {*directory.glob("*.gz*")}, database.connections()
     running = subprocess.Popen(
         [sys.executable, "-m", "contextuate_persist", "archive", "--to", str(directory)],
-        env={**os.environ, ENVIRONMENT_URL: url},
+        env={**os.environ, ENVIRONMENT_URL: database.url},
         stdout=subprocess.DEVNULL,
     )
     while running.poll() is None and {*directory.glob("*.gz*")} <= before:
         time.sleep(0.001)
     time.sleep(seconds)
     running.kill()
-    return running.wait(20) == -signal.SIGKILL
+    return database.wait_for_end_of(running, others) == -signal.SIGKILL
 
 
 def kill_archives(database: Database, directory: Path, kills: int) -> None:
@@ -974,7 +974,7 @@ def kill_archives(database: Database, directory: Path, kills: int) -> None:
         before = content(store)
         hits = 0
         for _ in range(kills):
-            hits += archive_killed(database.url, directory, chance.uniform(0, 0.1))
+            hits += archive_killed(database, directory, chance.uniform(0, 0.1))
             there, archived = content(store), in_archives(directory)
             assert there.keys() | archived.keys() == before.keys()
             for name, was in before.items():

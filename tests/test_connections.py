@@ -11,6 +11,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import mysql.connector
 import psycopg
 import pytest
 
@@ -164,19 +165,12 @@ def test_hosts_of_this_machine_need_no_tls_and_others_are_verified(backend: str)
 
 def kill_connections(database: Database) -> int:
     """Cut every connection of the application's account on the server."""
-    if database.backend == "postgresql":
-        rows = database.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            f" WHERE usename = '{database.user}'"
-        )
-        return len(rows)
-    rows = database.execute(
-        f"SELECT id FROM information_schema.processlist WHERE user = '{database.user}'"
-    )
-    for (number,) in rows:
-        with contextlib.suppress(Exception):  # gone by itself meanwhile
-            database.execute(f"KILL {number}")
-    return len(rows)
+    cut = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}[database.backend]
+    there = database.connections()
+    for number in there:
+        with contextlib.suppress(mysql.connector.Error):  # gone by itself meanwhile
+            database.execute(cut.format(number))
+    return len(there)
 
 
 def test_killed_idle_connections_are_replaced_unnoticed(
