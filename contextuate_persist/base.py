@@ -876,7 +876,7 @@ class BaseStore(ABC):
 
         pruned = 0
         batch: list[str] = []
-        found = self._prunable_trees(older_than)
+        found = trees.linked_groups(retention.prunable(self.session_states(), due))
         for position, tree in enumerate(found):
             batch += tree
             if len(batch) >= _DELETE_SESSIONS or position == len(found) - 1:
@@ -885,30 +885,18 @@ class BaseStore(ABC):
         self.forget_old_deletions()
         return pruned
 
-    def _prunable_trees(self, older_than: int) -> list[list[str]]:
-        """As SELECT_PRUNABLE, but page by page: all at once may take too long for one statement."""
-        states = self.session_states()
-        parents = {one.session_id: one.parent_id for one in states}
-        whole = trees.whole_trees(
-            (one.session_id, one.parent_id, not one.is_pinned and one.last_active < older_than)
-            for one in states
-        )
-        return trees.linked_groups({one: parents[one] for one in whole})
-
     def _delete_prunable(self, connection: Any, ids: list[str], due: Due) -> int:
         """Lock the sessions, whole trees, and delete those of which all is still due."""
         self._lock_sessions(connection, ids)
-        rows = self._recheck_prunable(connection, ids, due)
+        states = [*map(records.state_from_row, self._select_states_of(connection, ids))]
         known = set(ids)
-        above = sorted({parent for _, parent, _ in rows if parent is not None} - known)
+        above = sorted({one.parent_id for one in states if one.parent_id is not None} - known)
         # What hangs on a tree now, or what it hangs on, keeps it: nobody knew it, or it was in
         # another tree. A parent that is not stored keeps nothing by itself.
         held = {row[0] for row in self._select_states_of(connection, above)} if above else set()
         links = self._select_links(connection, [*ids, *above])
         held.update(parent for child, parent in links if child not in known)
-        whole = trees.whole_trees(
-            (one, parent, is_due and held.isdisjoint((one, parent))) for one, parent, is_due in rows
-        )
+        whole = sorted(retention.prunable(states, due, held=held))
         return self._delete_locked(connection, whole) if whole else 0
 
     def forget(
@@ -1089,13 +1077,19 @@ class BaseStore(ABC):
 
         Read page by page, so not of one moment: who deletes by it looks again under its locks.
         """
-        states: list[SessionState] = []
+        return [*self._states(self._run)]
+
+    def _states(self, run: Callable[[Callable[[Any], list[Any]]], list[Any]]) -> Iterator[Any]:
+        """The states of all sessions, by one statement for each page: all might take too long."""
         after: str | None = ""
         while after is not None:
-            rows = self._run(partial(self._select_states, after=after, limit=_STATES))
-            states += map(records.state_from_row, rows)
+            rows = run(partial(self._select_states, after=after, limit=_STATES))
+            yield from map(records.state_from_row, rows)
             after = rows[-1][0] if len(rows) == _STATES else None
-        return states
+
+    def _prunable(self, connection: Any, due: Due) -> dict[str, str | None]:
+        """What may be pruned, by id, with the effective parents."""
+        return retention.prunable(self._states(lambda page: page(connection)), due)
 
     def weigh_sessions(self, ids: Sequence[str]) -> dict[str, Weight]:
         """How many events each session has and how many bytes these take, roughly.
@@ -1723,14 +1717,6 @@ class BaseStore(ABC):
     @abstractmethod
     def _select_session_ids(self, connection: Any) -> list[str]:
         """Every session's id, references included."""
-
-    @abstractmethod
-    def _select_prunable(self, connection: Any, due: Due) -> list[Any]:
-        """Pairs of id and effective parent, of whole trees that are due."""
-
-    @abstractmethod
-    def _recheck_prunable(self, connection: Any, ids: list[str], due: Due) -> list[Any]:
-        """Rows of id, effective parent and due of sessions, which are locked."""
 
     @abstractmethod
     def _forget_deletions(self, connection: Any, age: int) -> None:

@@ -691,51 +691,6 @@ SELECT s.session_id
 FROM sessions AS s
 """
 
-# A session that is not due keeps everything that hangs together with it, step by step.
-SELECT_PRUNABLE = f"""
-WITH RECURSIVE state AS (
-    SELECT
-        s.session_id,
-        NOT s.is_pinned
-        AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
-        AND (
-            %(quiet_since)s IS NULL
-            OR COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
-        ) AS due
-    FROM sessions AS s
-),
-links (session_id, neighbour_id) AS (
-    SELECT session_id, effective_parent_id FROM sessions WHERE effective_parent_id IS NOT NULL
-    UNION ALL
-    SELECT effective_parent_id, session_id FROM sessions WHERE effective_parent_id IS NOT NULL
-),
-kept (session_id) AS (
-    SELECT session_id FROM state WHERE NOT due
-    UNION
-    SELECT l.neighbour_id FROM kept AS k JOIN links AS l ON l.session_id = k.session_id
-)
-SELECT s.session_id, s.effective_parent_id
-FROM sessions AS s
-WHERE NOT EXISTS (SELECT 1 FROM kept AS k WHERE k.session_id = s.session_id)
-"""
-
-# The same for locked sessions: what came in between, a pin or an event, keeps its tree.
-RECHECK_PRUNABLE = f"""
-SELECT
-    s.session_id,
-    s.effective_parent_id,
-    NOT s.is_pinned
-    AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
-    AND (
-        %(quiet_since)s IS NULL
-        OR COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
-    ) AS due
-FROM JSON_TABLE(
-    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
-) AS locked
-JOIN sessions AS s ON s.session_id = locked.session_id
-"""
-
 FORGET_DELETIONS = """
 DELETE FROM deleted_sessions
 WHERE deleted_at < CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - %(age)s
@@ -2186,13 +2141,6 @@ class MySQLStore(BaseStore):
     def _select_session_ids(self, connection: Any) -> list[str]:
         return [row[0] for row in _execute(connection, SELECT_SESSION_IDS)]
 
-    def _select_prunable(self, connection: Any, due: Due) -> list[Any]:
-        return _execute(connection, SELECT_PRUNABLE, due._asdict())
-
-    def _recheck_prunable(self, connection: Any, ids: list[str], due: Due) -> list[Any]:
-        parameters = {"session_ids": records.json_list(ids), **due._asdict()}
-        return _execute(connection, RECHECK_PRUNABLE, parameters)
-
     def _forget_deletions(self, connection: Any, age: int) -> None:
         _execute_write(connection, FORGET_DELETIONS, {"age": age})
 
@@ -2752,7 +2700,7 @@ class MySQLPartitions:
         return [row[0] for row in _execute(self._connection, query)]
 
     def prunable(self, due: Due) -> dict[str, str | None]:
-        return dict(self._store._select_prunable(self._connection, due))  # noqa: SLF001
+        return self._store._prunable(self._connection, due)  # noqa: SLF001
 
     def newest_retired(self) -> int | None:
         if not self._has("events_retired"):

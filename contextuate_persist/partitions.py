@@ -179,7 +179,7 @@ class PartitionSession(Protocol):
         ...
 
     def prunable(self, due: Due) -> dict[str, str | None]:
-        """What `prune_old_sessions` deletes, if quiet for long enough, by id, with the parents."""
+        """What may be pruned, by id, with the effective parents: whole trees."""
         ...
 
     def newest_retired(self) -> int | None:

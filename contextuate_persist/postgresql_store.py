@@ -661,49 +661,6 @@ SELECT s.session_id
 FROM sessions AS s
 """
 
-# A session that is not due keeps everything that hangs together with it, step by step.
-SELECT_PRUNABLE = f"""
-WITH RECURSIVE state AS (
-    SELECT
-        s.session_id,
-        NOT s.is_pinned
-        AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
-        AND (
-            %(quiet_since)s::bigint IS NULL
-            OR COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
-        ) AS due
-    FROM sessions AS s
-),
-links (session_id, neighbour_id) AS (
-    SELECT session_id, effective_parent_id FROM sessions WHERE effective_parent_id IS NOT NULL
-    UNION ALL
-    SELECT effective_parent_id, session_id FROM sessions WHERE effective_parent_id IS NOT NULL
-),
-kept (session_id) AS (
-    SELECT session_id FROM state WHERE NOT due
-    UNION
-    SELECT l.neighbour_id FROM kept AS k JOIN links AS l ON l.session_id = k.session_id
-)
-SELECT s.session_id, s.effective_parent_id
-FROM sessions AS s
-WHERE NOT EXISTS (SELECT FROM kept AS k WHERE k.session_id = s.session_id)
-"""
-
-# The same for locked sessions: what came in between, a pin or an event, keeps its tree.
-RECHECK_PRUNABLE = f"""
-SELECT
-    s.session_id,
-    s.effective_parent_id,
-    NOT s.is_pinned
-    AND COALESCE(s.end_time, {LAST_EVENT}, s.start_time) < %(older_than)s
-    AND (
-        %(quiet_since)s::bigint IS NULL
-        OR COALESCE({LAST_EVENT} < %(quiet_since)s, TRUE)
-    ) AS due
-FROM sessions AS s
-WHERE s.session_id = ANY(%(session_ids)s::text[])
-"""
-
 FORGET_DELETIONS = """
 DELETE FROM deleted_sessions
 WHERE deleted_at < (extract(epoch FROM now()) * 1000)::bigint - %(age)s
@@ -2562,15 +2519,6 @@ class PostgreSQLStore(BaseStore):
     def _select_session_ids(self, connection: psycopg.Connection[Any]) -> list[str]:
         return [row[0] for row in connection.execute(SELECT_SESSION_IDS)]
 
-    def _select_prunable(self, connection: psycopg.Connection[Any], due: Due) -> list[Any]:
-        return connection.execute(SELECT_PRUNABLE, due._asdict()).fetchall()
-
-    def _recheck_prunable(
-        self, connection: psycopg.Connection[Any], ids: list[str], due: Due
-    ) -> list[Any]:
-        parameters = {"session_ids": ids, **due._asdict()}
-        return connection.execute(RECHECK_PRUNABLE, parameters).fetchall()
-
     def _forget_deletions(self, connection: psycopg.Connection[Any], age: int) -> None:
         connection.execute(FORGET_DELETIONS, {"age": age})
 
@@ -3140,7 +3088,7 @@ class PostgreSQLPartitions:
         return [row[0] for row in self._connection.execute(query)]
 
     def prunable(self, due: Due) -> dict[str, str | None]:
-        return dict(self._store._select_prunable(self._connection, due))  # noqa: SLF001
+        return self._store._prunable(self._connection, due)  # noqa: SLF001
 
     def newest_retired(self) -> int | None:
         if not self._has("events_retired"):

@@ -389,8 +389,17 @@ class SessionState(NamedTuple):
 class Due(NamedTuple):
     """What keeps a session from being pruned: a time of it that is at a bound, or after."""
 
-    older_than: int  # of what `prune_old_sessions` goes by
+    older_than: int  # of its last activity
     quiet_since: int | None = None  # of any event
+
+    def takes(self, state: SessionState) -> bool:
+        """Whether the session may go, if the others of its tree may, too."""
+        is_quiet = (
+            self.quiet_since is None
+            or state.last_event is None
+            or state.last_event < self.quiet_since
+        )
+        return is_quiet and state.last_active < self.older_than and not state.is_pinned
 
 
 class Weight(NamedTuple):

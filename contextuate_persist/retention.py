@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -20,7 +20,7 @@ from contextuate_persist.errors import (
     StoreRefused,
 )
 from contextuate_persist.partitions import Dropped
-from contextuate_persist.records import SessionState, Weight
+from contextuate_persist.records import Due, SessionState, Weight
 
 if TYPE_CHECKING:
     from contextuate_persist.base import BaseStore
@@ -125,6 +125,23 @@ def plan(store: BaseStore, policy: RetentionPolicy, *, now: int | None = None) -
     due = tuple(free[:count])
     gone = sum(map(shown, due))
     return RetentionPlan(trees=due, sessions=gone, kept=sum(map(shown, forest)) - gone)
+
+
+def prunable(
+    states: Iterable[SessionState], due: Due, *, held: Collection[str] = ()
+) -> dict[str, str | None]:
+    """The sessions of which the whole tree is due, by id, with their effective parents.
+
+    What is `held` keeps its tree and those that it is the parent of.
+    """
+    parents: dict[str, str | None] = {}
+    free: set[str] = set()
+    for state in states:
+        parents[state.session_id] = state.parent_id
+        if due.takes(state) and state.session_id not in held and state.parent_id not in held:
+            free.add(state.session_id)
+    groups = trees.linked_groups(parents)
+    return {one: parents[one] for tree in groups if free.issuperset(tree) for one in tree}
 
 
 def _now(store: BaseStore) -> int:

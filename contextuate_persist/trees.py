@@ -98,14 +98,3 @@ def linked_groups(links: Mapping[str, str | None]) -> list[list[str]]:
     absent = {parent: None for parent in links.values() if parent is not None}
     found = groups({**absent, **links})
     return [group for ids in found if (group := [one for one in ids if one in links])]
-
-
-def whole_trees(rows: Iterable[tuple[str, str | None, bool]]) -> list[str]:
-    """The ids, of rows of id, effective parent and due, in whose tree everything is due."""
-    parents: dict[str, str | None] = {}
-    due: set[str] = set()
-    for session_id, parent, is_due in rows:
-        parents[session_id] = parent
-        if is_due:
-            due.add(session_id)
-    return sorted(node for tree in linked_groups(parents) if due.issuperset(tree) for node in tree)

@@ -19,6 +19,7 @@ from contextuate_persist import (
     SessionStatus,
     StoreUnavailable,
     TokenUsage,
+    retention,
 )
 from contextuate_persist.base import BaseStore
 from contextuate_persist.records import Due
@@ -892,10 +893,7 @@ def test_what_is_not_there_is_not_deleted_by_a_second_try_either(
 
 def due(store: BaseStore, older_than: int) -> set[str]:
     """What a pruning, or a drop of partitions, begins with; locked, it is checked once more."""
-    rows = store._run(lambda connection: store._select_prunable(connection, Due(older_than)))
-    found = {session_id for session_id, _ in rows}
-    assert {one for tree in store._prunable_trees(older_than) for one in tree} == found
-    return found
+    return set(retention.prunable(store.session_states(), Due(older_than)))
 
 
 def test_pruning_goes_by_the_end_else_the_last_event_else_the_start(store: BaseStore) -> None:
