@@ -1214,11 +1214,11 @@ WHERE version = (SELECT max(v.version) FROM schema_version AS v) AND layout <> '
 """
 
 SET_LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %(lock)s, TRUE)"
+SHORTEST_LOCK_MS, LONGEST_LOCK_MS = 100, 5000
 
 # Of what stops nobody, but has to wait at its end for everybody who has begun to read: a backup.
 WAIT_FOR_READERS = "SET lock_timeout = 0"
 WAIT_AS_BEFORE = "SELECT set_config('lock_timeout', %(lock)s, FALSE)"
-SHORTEST_LOCK_MS, LONGEST_LOCK_MS = 100, 5000
 
 # The first is what the foreign key of a partition that comes or goes asks for.
 LOCK_PARTITIONS: tuple[LiteralString, ...] = (
