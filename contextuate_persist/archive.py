@@ -76,7 +76,7 @@ def archive(
     *,
     recipients: Sequence[Any] = (),
     dry_run: bool = False,
-    rest: float = 1.0,
+    rest: float = retention.REST,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> ArchiveReport:
@@ -101,7 +101,7 @@ def archive(
     with _sole_archiver(Path(directory)) as place:
         store.require_all_events()
         found = retention.plan(store, policy)
-        work = _Work(store, place, recipients, rest, stop)
+        work = _Work(store, place, recipients, retention.Pace(rest, stop))
         done = 0
         for batch in _batches(retention.weighed(store, found.trees)):
             if stop is not None and stop.is_set():
@@ -161,13 +161,11 @@ class _Work:
         store: BaseStore,
         directory: Path,
         recipients: Sequence[Any],
-        rest: float,
-        stop: threading.Event | None,
+        pace: retention.Pace,
     ) -> None:
         self._store = store
         self._directory = directory
-        self._rest = rest
-        self._stop = stop or threading.Event()
+        self._pace = pace
         self._recipients = list(recipients)
         self._identities: list[Any] = []
         if recipients:
@@ -212,9 +210,7 @@ class _Work:
             for tree, weight in batch
             if all(s.session_id in fingerprints and s.session_id not in changed for s in tree)
         ]
-        for step in retention.steps(whole):
-            if self._stop.is_set():
-                break
+        for step in self._pace.steps(retention.steps(whole)):
             self._delete(step, fingerprints)
 
     def _fit(self, batch: list[tuple[Tree, Weight]]) -> list[tuple[Tree, Weight]]:
@@ -230,7 +226,6 @@ class _Work:
         return fit
 
     def _delete(self, step: list[tuple[Tree, Weight]], fingerprints: Mapping[str, str]) -> None:
-        begun = time.monotonic()
         states = [state for tree, _ in step for state in tree]
         many = _is_much(step)
         gone = set(self._store.delete_unchanged(states, fingerprints, in_slices=many))
@@ -239,7 +234,6 @@ class _Work:
                 self.sessions += retention.shown(tree)
                 self.events += weight.events
                 self.size += weight.size
-        self._stop.wait(self._rest * (time.monotonic() - begun))
 
     def _names(self) -> tuple[Path, Path]:
         """A name that no file has, with the one that it has until it is whole."""

@@ -20,6 +20,7 @@ from contextuate_persist.console import tell
 from contextuate_persist.errors import InvalidRecord
 from contextuate_persist.model import Cursor, SessionStatus, shown
 from contextuate_persist.partitions import AHEAD
+from contextuate_persist.retention import REST
 from contextuate_persist.transfer import parse_json
 
 PROGRAM = "contextuate-persist"
@@ -288,8 +289,8 @@ def _add_retention(parser: argparse.ArgumentParser) -> None:
         "--rest",
         metavar="N",
         type=_times,
-        default=1.0,
-        help="rest N times as long as each step took; more, where writers notice it (1)",
+        default=REST,
+        help=f"rest N times as long as each step took, for the writers' sake ({REST:g})",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, only")
 

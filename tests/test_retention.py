@@ -360,6 +360,35 @@ def test_steps_are_small_and_a_large_tree_goes_alone_and_whole(
     assert store.save_event(event("s4", T0 + 4)) is False
 
 
+def test_a_pace_rests_between_steps_by_what_they_took_and_a_minute_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, waits = [1000.0], []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            waits.append(timeout)
+            now[0] += timeout
+            return super().wait(0)
+
+    stop = Stop()
+    pace = retention.Pace(10, stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now[0])
+        for seconds in pace.steps([1, 2, 7, 0]):
+            now[0] += seconds
+        assert waits == [0, 10, 20, 60]
+        # What lies between two works counts as rest.
+        for _ in pace.steps([1]):
+            now[0] += 2
+        now[0] += 5
+        assert [*pace.steps([1])] == [1]
+        assert waits[4:] == [0, 15]
+        stop.set()
+        assert [*pace.steps([1])] == []
+
+
 def test_pruning_stops_when_told_to_and_goes_on_later(
     store: BaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -713,16 +742,17 @@ def test_the_command_rests_as_long_as_it_is_told(
     run: Run, store: BaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rests: list[float] = []
-    monkeypatch.setattr(time, "sleep", rests.append)
-    for options, least, most in (
-        ((), 1e-6, 60),
-        (("--rest", "0"), 0, 0),
-        (("--rest", "900"), 0.5, 1e6),
-    ):
+
+    class Told(retention.Pace):
+        def __init__(self, rest: float, stop: threading.Event | None = None) -> None:
+            rests.append(rest)
+            super().__init__(0, stop)
+
+    monkeypatch.setattr(retention, "Pace", Told)
+    for options in ((), ("--rest", "0"), ("--rest", "900")):
         store.save_session(session("s", **OLD), undelete=True)
         assert run("prune", *options)[0] == 0
-        assert least <= max(rests) <= most, options
-        rests.clear()
+    assert rests == [retention.REST, 0, 900]
     assert "'x' is not a number of times" in run("prune", "--rest", "x")[2]
 
 
