@@ -2363,6 +2363,10 @@ class PostgreSQLStore(BaseStore):
                 choices = [member, by_name] if known else [by_name]
                 branches = [[*branch, choice] for branch in branches for choice in choices]
         parameters: dict[str, Any] = {**filters, "limit": limit}
+        # A limit that it does not know the server takes for a tenth of the rows, and so plans each
+        # call anew: with the partitions of a year 0.9 of 3.0 ms. It had better for `contains`, by
+        # what is looked for; and a single table is planned in no time, by the size that it has now.
+        count = str(limit) if self._partitioned and "contains" not in filters else "%(limit)s"
         if "contains" in filters:
             inside, outside = CONTAINS_CLAUSES
             contains = dict(filters["contains"])
@@ -2376,7 +2380,7 @@ class PostgreSQLStore(BaseStore):
             if bound in filters:
                 parameters[f"{bound}_timestamp"], parameters[f"{bound}_seq"] = filters[bound]
         direction = "DESC" if newest_first else "ASC"
-        tail = f"ORDER BY timestamp {direction}, seq {direction} LIMIT %(limit)s"
+        tail = f"ORDER BY timestamp {direction}, seq {direction} LIMIT {count}"
         select = SELECT_EVENTS_SMALL if large_later else SELECT_EVENTS
         queries = [
             select + (f"WHERE {' AND '.join(branch)} " if branch else "") + tail

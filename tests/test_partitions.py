@@ -411,6 +411,24 @@ def test_a_session_made_anew_while_its_events_are_copied_has_its_new_ones_only(
     assert check_whole(plain) == sorted(hexes(events[::2]))
 
 
+@pytest.mark.only("postgresql")
+def test_reads_that_are_repeated_are_planned_once_for_all_partitions(partitioned: Database) -> None:
+    with make_store(partitioned.url, pool_size=1) as store:
+        store.save_events(event("s", T0 + n * DAY // 20) for n in range(3000))
+        partitioned.execute("ANALYZE events")
+        for _ in range(20):
+            assert len(store.get_events("s", limit=100)) == 100
+            assert len(store.get_all_recent_events(50)) == 50
+        planned = store._run(
+            lambda connection: connection.execute(
+                "SELECT custom_plans FROM pg_prepared_statements"
+                " WHERE statement LIKE '%FROM events%LIMIT%'"
+            ).fetchall()
+        )
+    # None without a parameter; else as many as are tried before one is taken for all values.
+    assert sorted(planned) == [(0,), (5,)]
+
+
 def wait_for_copies(database: Database, running: subprocess.Popen[bytes]) -> None:
     """Until a conversion that runs has copied events."""
     table = {"postgresql": "event_ids", "mysql": "event_ids_new"}[database.backend]
