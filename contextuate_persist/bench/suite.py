@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from contextuate_persist.bench import load, writing
@@ -33,6 +34,8 @@ from contextuate_persist.postgresql_store import PostgreSQLStore
 from contextuate_persist.retention import DAY, RetentionPolicy, prune
 
 BATCH = 1000
+#: So many times as long as others is measured what traffic takes by itself: some hundred calls.
+BEFORE = 5
 
 
 def at_least(limit: float) -> Goal:
@@ -443,7 +446,7 @@ class Suite:
         older = load.START + self.scale.pruned * 1000 // load.EVENTS_PER_SECOND
         sessions = [self._any_session(self._stored, first=self._stored // 2) for _ in range(64)]
         with self._traffic(sessions) as before:
-            time.sleep(self.scale.seconds)
+            time.sleep(BEFORE * self.scale.seconds)
         # Half of what is due by `prune_old_sessions`, which knows no rest, half in small steps.
         middle = older - (older - load.START) // 2
         prunings: dict[str, Callable[[], int]] = {
@@ -604,21 +607,22 @@ class Suite:
         write, read = Latency(), Latency()
         stop = threading.Event()
         if work is None:
-            work = iter(batches(self._more(min(100_000, 10 * self.scale.events)), 10))
+            work = self._endless()
         turns = itertools.cycle(sessions)
         errors: list[BaseException] = []
 
-        def go_on(latency: Latency, call: Callable[[], object]) -> None:
+        def go_on(latency: Latency, calls: Iterator[Callable[[], object]]) -> None:
             try:
-                while not stop.is_set():
+                for call in calls:  # which are made outside of what is timed
                     latency.time(call)
-                    stop.wait(0.01)
+                    if stop.wait(0.01):
+                        break
             except BaseException as error:
                 errors.append(error)
 
-        calls: list[tuple[Latency, Callable[[], object]]] = [
-            (write, lambda: self._save(next(work))),
-            (read, lambda: self.store.get_events(next(turns), limit=100)),
+        calls: list[tuple[Latency, Iterator[Callable[[], object]]]] = [
+            (write, (partial(self._save, some) for some in work)),
+            (read, (partial(self.store.get_events, one, limit=100) for one in turns)),
         ]
         workers = [threading.Thread(target=go_on, args=pair) for pair in calls]
         for worker in workers:
@@ -637,6 +641,13 @@ class Suite:
         first, self._stored = self._stored, self._stored + count
         self.store.save_sessions(self._load.sessions(first, count))
         return (other or self._load).events(first, count)
+
+    def _endless(self) -> Iterator[list[MonitorEvent]]:
+        """The same by ten, made as they are needed, and more than anything goes on for."""
+        first, count = self._stored, max(100_000, self.scale.events)
+        self._stored += count
+        self.store.save_sessions(self._load.sessions(first, count))
+        return batches_of(self._load.iter_events(first, count), 10)
 
     def _any_session(self, stored: int, first: int = 0) -> str:
         return self._load.session_of(self._random.randrange(first, stored))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from contextuate_persist.bench import load
 from contextuate_persist.bench.load import Load
 from contextuate_persist.bench.measure import Latency, batches_of, latencies, seconds
-from contextuate_persist.bench.suite import BATCH, Suite
+from contextuate_persist.bench.suite import BATCH, BEFORE, Suite
 from contextuate_persist.model import MonitorEvent
 from contextuate_persist.retention import DAY, RetentionPolicy, drop_partitions, prune
 
@@ -29,7 +29,6 @@ _SESSION_DAYS = 7
 _PARTS = 12
 _MEASURED_EVERY = 3  # parts
 _WARM_UP = 10  # calls
-_BEFORE = 5  # times as long as others, so that its p95 comes from some hundred calls
 _SAMPLE = 200
 
 
@@ -197,7 +196,7 @@ class Year(Suite):
         self._figure("year", "bytes before pruning", size, "B")
         self.bare.settle()
         with self._counted_traffic(sessions) as before:
-            time.sleep(_BEFORE * self.scale.seconds)
+            time.sleep(BEFORE * self.scale.seconds)
         for call, was in before.items():
             self._figure("year", f"{call}, p95 before", was.p95, "ms")
 
