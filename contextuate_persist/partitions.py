@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -437,7 +437,7 @@ def extend(session: PartitionSession, ahead: int | None) -> list[str]:
     """Add the partitions that are missing up to so many after the present one; their names."""
     require(session)
     if session.newest_retired() is not None:  # of a drop that was killed: only the next deletes
-        _finish(session, _NONE)
+        _finish(session, {}, _NONE)
     partitions = session.read_partitions()
     by = unit_of(partitions) or "month"
     now = _now()
@@ -469,10 +469,11 @@ def drop(session: PartitionSession, due: Due, *, empty: bool) -> Dropped:
     if (last := session.newest_retired()) is not None:
         # Taken out by bounds of its own: what these would keep gets its events back first, or its
         # last event would not be seen.
-        sessions += _finish(session, bounds if last < bounds.older_than else _NONE)
+        own = bounds if last < bounds.older_than else _NONE
+        sessions += _finish(session, _prunable(session, own), own)
     # Tombstones are dated now: they could not hold what is in the future away.
     limit = min(due.older_than, _now())
-    prunable = session.prunable(bounds)
+    prunable = _prunable(session, bounds)
     partitions = session.read_partitions()
     *_, newest, _ = partitions
     for partition in partitions:
@@ -487,23 +488,28 @@ def drop(session: PartitionSession, due: Due, *, empty: bool) -> Dropped:
             kept[partition.name] = others
             continue
         _patiently(session, partial(session.retire, partition))
-        sessions += _finish(session, bounds)
+        sessions += _finish(session, prunable, bounds)
         dropped.append(partition.name)
     return Dropped(tuple(dropped), kept, sessions, session.longest_wait * 1000)
 
 
-def _finish(session: PartitionSession, due: Due) -> int:
+def _prunable(session: PartitionSession, due: Due) -> dict[str, str | None]:
+    """Which sessions are due, by id, with the effective parents: a look at every session."""
+    return {} if due == _NONE else session.prunable(due)
+
+
+def _finish(session: PartitionSession, prunable: Mapping[str, str | None], due: Due) -> int:
     """Delete the sessions of the events that were taken out, then these; how many sessions.
 
-    A session that is not due any more, for it was pinned or has gone on meanwhile, gets its events
-    back. Whole trees only, so that a tree is due or not as a whole.
+    A session that is not due any more, for it was pinned or has gone on since it was `prunable`,
+    gets its events back. Whole trees only, so that a tree is due or not as a whole.
     """
     _patiently(session, session.free_retired)
     _patiently(session, session.tidy)
     deleted = 0
     inside = set(session.sessions_of(None))
     batch: list[str] = []
-    for tree in trees.linked_groups(session.prunable(due)):
+    for tree in trees.linked_groups(prunable):
         if not inside.isdisjoint(tree):
             batch += tree
             inside.difference_update(tree)
