@@ -101,10 +101,11 @@ def archive(
     with _sole_archiver(Path(directory)) as place:
         store.require_all_events()
         found = retention.plan(store, policy)
-        work = _Work(store, place, recipients, retention.Pace(rest, stop))
+        pace = retention.Pace(rest, stop)
+        work = _Work(store, place, recipients, pace)
         done = 0
         for batch in _batches(retention.weighed(store, found.trees)):
-            if stop is not None and stop.is_set():
+            if not pace.goes_on():
                 break
             work.archive(batch)
             done += sum(retention.shown(tree) for tree, _ in batch)

@@ -290,7 +290,7 @@ def _add_retention(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=_times,
         default=REST,
-        help=f"rest N times as long as each step took, for the writers' sake ({REST:g})",
+        help=f"between steps rest N times as long as one took, a minute at most ({REST:g})",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, only")
 

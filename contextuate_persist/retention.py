@@ -41,6 +41,8 @@ DEFAULT_DAYS = 90.0
 # that a writer who waits for the disk, or for a lock, waits for a moment only.
 STEP_EVENTS = 1_000
 STEP_SESSIONS = 50
+# Weighing reads what goes from the disk: so much at once that it is no burst of its own.
+_WEIGHED_EVENTS, _WEIGHED_SESSIONS = 2_000, 200
 #: So many times as long as a step took, what deletes for long rests after it. What it deletes comes
 #: from the disk, and every commit behind it waits for that: with PostgreSQL's 18 million events the
 #: p95 of writers rose to 1.7 times with it, to 2.0 with 5, 2.6 with 3 and 3.9 with 1 (steps of
@@ -50,7 +52,6 @@ REST = 10.0
 _LONGEST_REST_SECONDS = 60.0
 # Of the valve: it has to be faster than what fills the database.
 _REST_WHEN_FULL = 1.0
-_WEIGHED_SESSIONS = 200  # at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,16 +208,19 @@ def _over_bytes(store: BaseStore, limit: int, forest: Sequence[Tree], free: Sequ
 
 
 def weighed(store: BaseStore, given: Sequence[Tree]) -> Iterator[tuple[Tree, Weight]]:
-    """Trees with their weights, asked for some hundred sessions at a time."""
+    """Trees with their weights, asked for some at a time: by what the ones before them had."""
     some: list[Tree] = []
-    sessions = 0
+    sessions, at_once = 0, 1
     for position, tree in enumerate(given, start=1):
         some.append(tree)
         sessions += len(tree)
-        if sessions >= _WEIGHED_SESSIONS or position == len(given):
+        if sessions >= at_once or position == len(given):
             weights = store.weigh_sessions([state.session_id for one in some for state in one])
             for one in some:
                 yield one, _sum(weights, one)
+            events = sum(weight.events for weight in weights.values())
+            fitting = sessions * _WEIGHED_EVENTS // max(1, events)
+            at_once = max(1, min(fitting, 2 * at_once, _WEIGHED_SESSIONS))
             some, sessions = [], 0
 
 
@@ -277,7 +281,7 @@ def prune(
 
 
 class Pace:
-    """What makes long work leave room to others: all its steps come through one of these."""
+    """Makes work that comes in steps leave room to others."""
 
     def __init__(self, rest: float, stop: threading.Event | None = None) -> None:
         """Rest `rest` times as long as a step took before the next one, and end when told to."""
@@ -285,15 +289,27 @@ class Pace:
         self._stop = stop or threading.Event()
         self._until = 0.0
 
+    def goes_on(self) -> bool:
+        """Wait until the rest after the last step is over; whether there may be another one."""
+        return not self._stop.wait(max(0.0, self._until - time.monotonic()))
+
     def steps(self, given: Iterable[T]) -> Iterator[T]:
-        """The steps as they are due; none any more once it is told to stop."""
+        """The steps as they are due; the time to find the next one is a part of each."""
+        begun = time.monotonic()
         for step in given:
-            if self._stop.wait(max(0.0, self._until - time.monotonic())):
+            self._has_worked(begun)
+            if not self.goes_on():
                 return
             begun = time.monotonic()
             yield step
-            now = time.monotonic()
-            self._until = now + min(self._rest * (now - begun), _LONGEST_REST_SECONDS)
+            self._has_worked(begun)
+            if self._stop.is_set():
+                return
+
+    def _has_worked(self, begun: float) -> None:
+        now = time.monotonic()
+        rest = min(self._rest * (now - begun), _LONGEST_REST_SECONDS)
+        self._until = max(self._until, now + rest)
 
 
 def drop_partitions(store: BaseStore, policy: RetentionPolicy, *, empty: bool = False) -> Dropped:

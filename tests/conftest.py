@@ -9,6 +9,7 @@ import re
 import secrets
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 from hypothesis import HealthCheck, settings
 
-from contextuate_persist import open_store, schema
+from contextuate_persist import open_store, retention, schema
 from contextuate_persist.base import BaseStore
 from contextuate_persist.mysql_store import MySQLStore
 from contextuate_persist.partitions import Span
@@ -161,6 +162,20 @@ class Database:
 
 def make_store(url: str, **options: Any) -> BaseStore:
     return open_store(url, **options)
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long each long work was told to rest between its steps; none of them does."""
+    told: list[float] = []
+
+    class Told(retention.Pace):
+        def __init__(self, rest: float, stop: threading.Event | None = None) -> None:
+            told.append(rest)
+            super().__init__(0, stop)
+
+    monkeypatch.setattr(retention, "Pace", Told)
+    return told
 
 
 _numbers = itertools.count()

@@ -238,6 +238,27 @@ def test_archiving_stops_when_told_to_and_goes_on_later(
     assert in_archives(tmp_path) == before
 
 
+def test_archiving_stops_inside_a_file_and_the_next_deletes_what_is_left(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "STEP_SESSIONS", 1)
+    store.save_sessions(session(f"s{number}", **OLD) for number in range(3))
+    before = content(store)
+    stop = threading.Event()
+    delete = store.delete_unchanged
+
+    def then_stop(*arguments: Any, **options: Any) -> list[str]:
+        stop.set()
+        return delete(*arguments, **options)
+
+    monkeypatch.setattr(store, "delete_unchanged", then_stop)
+    report = archive(store, tmp_path, POLICY, stop=stop)
+    assert (report.sessions, report.kept, len(report.files)) == (1, 2, 1)
+    assert in_archives(tmp_path) == before
+    assert archive(store, tmp_path, POLICY).sessions == 2
+    assert in_archives(tmp_path) == before
+
+
 def test_half_files_of_a_killed_archiving_are_removed(store: BaseStore, tmp_path: Path) -> None:
     for suffix in (".jsonl.gz.part", ".jsonl.gz.age.part"):
         (tmp_path / f"contextuate-20260101T000000Z-0001{suffix}").write_text("half")
@@ -1040,6 +1061,14 @@ def test_the_command_archives_and_import_brings_it_back(
     status, out, _ = run("import", tmp_path / "a\x1b[31m", "--undelete")
     assert (status, "37 events read, 37 stored" in out) == (0, True)
     assert content(store) == before
+
+
+def test_the_command_rests_as_long_as_it_is_told(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, rests: list[float]
+) -> None:
+    assert run("archive", "--to", tmp_path)[0] == 0
+    assert run("archive", "--to", tmp_path, "--rest", "7")[0] == 0
+    assert rests == [retention.REST, 7]
 
 
 def test_the_command_encrypts_for_who_is_named(

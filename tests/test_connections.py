@@ -165,11 +165,16 @@ def test_hosts_of_this_machine_need_no_tls_and_others_are_verified(backend: str)
 
 def kill_connections(database: Database) -> int:
     """Cut every connection of the application's account on the server."""
-    cut = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}[database.backend]
+    if database.backend == "postgresql":
+        rows = database.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            f" WHERE usename = '{database.user}'"
+        )
+        return len(rows)
     there = database.connections()
     for number in there:
         with contextlib.suppress(mysql.connector.Error):  # gone by itself meanwhile
-            database.execute(cut.format(number))
+            database.execute(f"KILL {number}")
     return len(there)
 
 

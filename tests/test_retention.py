@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -385,8 +385,39 @@ def test_a_pace_rests_between_steps_by_what_they_took_and_a_minute_at_most(
         now[0] += 5
         assert [*pace.steps([1])] == [1]
         assert waits[4:] == [0, 15]
+
+        def found_slowly() -> Iterator[int]:
+            for number in range(2):
+                now[0] += 3
+                yield number
+
+        assert [*pace.steps(found_slowly())] == [0, 1]
+        assert waits[6:] == [30, 30]
         stop.set()
         assert [*pace.steps([1])] == []
+
+
+def test_trees_are_weighed_a_few_thousand_events_at_a_time(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "_WEIGHED_EVENTS", 20)
+    counts = [4, 4, 4, 4, 4, 4, 30, 30, *[0] * 40]
+    store.save_sessions(session(f"s{number:02}", **OLD) for number in range(len(counts)))
+    for number, count in enumerate(counts):
+        store.save_events(event(f"s{number:02}", T0) for _ in range(count))
+    weigh, asked = store.weigh_sessions, []
+
+    def counted(ids: Any) -> Any:
+        asked.append(len(ids))
+        return weigh(ids)
+
+    monkeypatch.setattr(store, "weigh_sessions", counted)
+    trees = sorted(((state,) for state in store.session_states()), key=lambda tree: tree[0])
+    found = [*retention.weighed(store, trees)]
+    assert [weight.events for _, weight in found] == counts
+    assert [tree for tree, _ in found] == trees
+    # By what the last ones had, and at most twice as many as before.
+    assert asked == [1, 2, 4, 1, 1, 2, 4, 8, 16, 9]
 
 
 def test_pruning_stops_when_told_to_and_goes_on_later(
@@ -548,7 +579,7 @@ def test_a_limit_that_cannot_be_watched_over_is_told_once(
 
 
 def test_pruning_makes_room_by_deleting_what_was_active_longest_ago(
-    store: BaseStore, database: Database, grown: None
+    store: BaseStore, database: Database, grown: None, rests: list[float]
 ) -> None:
     for number in range(10):
         store.save_events(big(f"s{number}", 20 - number))
@@ -569,6 +600,7 @@ def test_pruning_makes_room_by_deleting_what_was_active_longest_ago(
         assert valve(pruning).full
         assert names(store) == {"s0", "now"}
         assert pruning.save_event(event("now", NOW)) is True
+    assert set(rests) == {1.0}  # or writers would fill it faster
 
 
 def test_refusing_says_what_to_do_and_ends_when_there_is_room(
@@ -739,16 +771,8 @@ def test_the_command_tells_what_it_would_do_and_does_it(run: Run, store: BaseSto
 
 
 def test_the_command_rests_as_long_as_it_is_told(
-    run: Run, store: BaseStore, monkeypatch: pytest.MonkeyPatch
+    run: Run, store: BaseStore, rests: list[float]
 ) -> None:
-    rests: list[float] = []
-
-    class Told(retention.Pace):
-        def __init__(self, rest: float, stop: threading.Event | None = None) -> None:
-            rests.append(rest)
-            super().__init__(0, stop)
-
-    monkeypatch.setattr(retention, "Pace", Told)
     for options in ((), ("--rest", "0"), ("--rest", "900")):
         store.save_session(session("s", **OLD), undelete=True)
         assert run("prune", *options)[0] == 0
