@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -262,7 +262,8 @@ def restore(
     its privileges stay as they are. The whole file is verified before anything is changed, and rows
     come all or none: one that was killed may be run again. Counts, and the sums of every session,
     are compared with those that were taken with the backup. With `is_trial` MySQL leaves the rows
-    out of its binary log, if the account may ask for that.
+    out of its binary log, if the account may ask for that. A database that holds just what the
+    backup does, as one that was killed while it compared has left it, is compared only.
 
     Raises what `verify_backup` raises; ConfigurationError for a database that holds data and for a
     backup of the other kind of server; SchemaError for another version of the schema; DamagedFile
@@ -282,23 +283,24 @@ def restore(
             f"{schema.SCHEMA_VERSION}: restore it with contextuate-persist {found.library}, which "
             "made it, then upgrade"
         )
-    with store.schema_session() as session:
+    with store.schema_session() as session, reader.members() as members:
+        if _holds_data(session):
+            _recognize(store, session, reader, members)
+            return found
         with_structure = _needs_structure(session, contents)
         dumper = store.dumper(contents.server, found.program)
-        with reader.members() as members:
-            data = Parts(members, "data")
-            rows = iter(data) if store.backend == "postgresql" else decompressed(iter(data))
-            loaded = Load(
-                contents=contents,
-                with_structure=with_structure,
-                script=_statements(reader.small.script, store.backend),
-                structure=reader.small.structure,
-                data=rows,
-                is_trial=is_trial,
-            )
-            dumper.load(session, loaded)
-            lines = read_lines(decompressed(itertools.chain(Parts(data.rest(), "sessions"))))
-            _compare(store, reader, lines)
+        data = Parts(members, "data")
+        rows = iter(data) if store.backend == "postgresql" else decompressed(iter(data))
+        loaded = Load(
+            contents=contents,
+            with_structure=with_structure,
+            script=_statements(reader.small.script, store.backend),
+            structure=reader.small.structure,
+            data=rows,
+            is_trial=is_trial,
+        )
+        dumper.load(session, loaded)
+        _compare(store, reader, data.rest())
     return found
 
 
@@ -311,15 +313,50 @@ def _statements(script: str, backend: str) -> list[str]:
     ]
 
 
+def _holds_data(session: schema.SchemaSession) -> bool:
+    return any(session.has_rows(name) for name in _OURS if name in session.read_columns())
+
+
+def _recognize(
+    store: BaseStore,
+    session: schema.SchemaSession,
+    reader: Reader,
+    members: Iterable[tuple[str, bytes]],
+) -> None:
+    """Complete what was killed after all rows had come; raises for a database with other data."""
+    refusal = ConfigurationError(
+        f"{session.place} holds data, and restore overwrites nothing: make another database "
+        "(`setup --database NAME` does) and restore into that"
+    )
+    before, after = _both_moments(reader)
+    if session.read_version() != (before.version, before.layout):
+        raise refusal
+    with store.snapshot() as snapshot:
+        now = snapshot.contents()
+    for name in _COUNTED:
+        bounds = sorted((getattr(before, name), getattr(after, name)))
+        if not bounds[0] <= getattr(now, name) <= bounds[1]:
+            raise refusal
+    try:
+        _compare(store, reader, members)
+    except DamagedFile:
+        raise refusal from None
+    if store.backend == "mysql":  # whose rows are committed before these
+        for statement in session.around(before)[1]:
+            session.run(statement)
+
+
+def _both_moments(reader: Reader) -> tuple[Contents, Contents]:
+    """What there was right before and right after the rows were read; mostly the same."""
+    manifest = reader.small.manifest
+    before = Contents.of(manifest["contents"])
+    return before, Contents.of(manifest.get("later", manifest["contents"]))
+
+
 def _needs_structure(session: schema.SchemaSession, contents: Contents) -> bool:
-    """Whether the database has no schema yet; raises if it is not empty."""
+    """Whether the database, which is empty, has no schema yet; raises if it has another."""
     version, columns = session.read_version(), session.read_columns()
     ours = [name for name in _OURS if name in columns]
-    if any(session.has_rows(name) for name in ours):
-        raise ConfigurationError(
-            f"{session.place} holds data, and restore overwrites nothing: make another database "
-            "(`setup --database NAME` does) and restore into that"
-        )
     if version is None:
         if ours and "schema_version" not in columns:
             raise SchemaError(
@@ -339,13 +376,13 @@ def _needs_structure(session: schema.SchemaSession, contents: Contents) -> bool:
 
 
 _OURS = ("sessions", "events", "event_ids", "token_ledger", "deleted_sessions")
+_COUNTED = ("sessions", "events", "messages", "deletions", "ids")
 
 
-def _compare(store: BaseStore, reader: Reader, lines: Iterator[list[Sums | None]]) -> None:
+def _compare(store: BaseStore, reader: Reader, members: Iterable[tuple[str, bytes]]) -> None:
     """Compare what is in the database with what the backup says; raises DamagedFile."""
-    manifest = reader.small.manifest
-    before = Contents.of(manifest["contents"])
-    after = Contents.of(manifest.get("later", manifest["contents"]))
+    before, after = _both_moments(reader)
+    lines = read_lines(decompressed(Parts(members, "sessions")))
     wrong: list[str] = []
     count = 0
     with store.snapshot() as snapshot:
@@ -354,7 +391,7 @@ def _compare(store: BaseStore, reader: Reader, lines: Iterator[list[Sums | None]
         if before == after:
             wrong += [
                 f"{getattr(now, n):,} {n} instead of {getattr(before, n):,}"
-                for n in ("sessions", "events", "messages", "deletions", "ids")
+                for n in _COUNTED
                 if getattr(now, n) != getattr(before, n)
             ]
             sums = ("deletions_sum", "ids_sum")

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlencode
 
 import pytest
@@ -786,16 +787,51 @@ def test_a_part_never_needs_more_memory_than_it_should(
     restore(target().owner(), tmp_path / "b")
 
 
+@pytest.mark.only("postgresql")
+def test_how_a_database_shows_bytes_is_no_difference(
+    made: Path, target: Callable[[], Database]
+) -> None:
+    empty = target()
+    empty.execute(f"ALTER DATABASE {empty.name} SET bytea_output = 'escape'")
+    restore(empty.owner(), made)
+
+
+@pytest.mark.only("postgresql")
+def test_a_tablespace_of_the_old_server_is_not_asked_for(
+    filled: BaseStore, database: Database, target: Callable[[], Database], tmp_path: Path
+) -> None:
+    server, name = database.server, f"fast_{database.name}"
+    place = server.directory / "fast"
+    place.mkdir()
+    if (owner := server.setup.get("user")) is not None:
+        os.chown(place, owner, server.setup["group"])
+    database.execute(f"CREATE TABLESPACE {name} LOCATION '{place}'")
+    database.execute(f"ALTER TABLE events SET TABLESPACE {name}")
+    try:
+        backup(filled, tmp_path / "b")
+    finally:
+        database.execute("ALTER TABLE events SET TABLESPACE pg_default")
+        database.execute(f"DROP TABLESPACE {name}")
+        place.rmdir()
+    restore(target().owner(), tmp_path / "b")
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 
 def test_a_database_that_holds_anything_is_left_alone(
     made: Path, database: Database, target: Callable[[], Database]
 ) -> None:
+    with make_store(database.url) as store:
+        store.update_session("kid", label="of another time")
     before = everything(database)
     with pytest.raises(ConfigurationError, match="holds data.* make another database"):
         restore(database.owner(), made)
-    assert everything(database) == before
+    with make_store(database.url) as store:
+        store.save_event(event("kid", T0 + 77))
+    with pytest.raises(ConfigurationError, match="holds data.* make another database"):
+        restore(database.owner(), made)
+    assert everything(database)["sessions"] == before["sessions"]
     foreign = target()
     foreign.execute("CREATE TABLE sessions (x INT)")
     with pytest.raises(SchemaError, match="of another origin"):
@@ -971,12 +1007,6 @@ def programs(server: servers.Server) -> Path:
     found = shutil.which("mysqldump")
     assert found is not None
     return Path(found).parent
-
-
-def test_settings_are_left_out_that_an_older_server_does_not_know() -> None:
-    head = b"SET lock_timeout = 0;\nSET transaction_timeout = 0;\nSET client_encoding = 'UTF8';\n"
-    assert dumps._understood(head, 17) == head
-    assert dumps._understood(head, 16) == head.replace(b"SET transaction_timeout = 0;\n", b"")
 
 
 def test_a_program_whose_end_is_heard_of_by_somebody_else_has_not_succeeded() -> None:
@@ -1168,24 +1198,35 @@ def kill_and_restore(
             try:
                 restore(empty.owner(), tmp_path / "b")
                 break
-            except ConfigurationError as error:
-                # It was through with its rows, and only not yet with comparing.
-                assert "holds data" in str(error)  # noqa: PT017
-                lines = backup_file.Reader(tmp_path / "b", None, None, None)
-                lines.verify()
-                with lines.members() as members:
-                    sums = backup_file.Parts(members, "sessions")
-                    backup_module._compare(
-                        empty.owner(),
-                        lines,
-                        backup_file.read_lines(backup_file.decompressed(sums)),
-                    )
-                break
-            except Exception:
+            except StoreUnavailable:
                 time.sleep(0.1)  # the server has not yet seen that its client is gone
         with make_store(empty.owner_url) as restored:
             assert sum(restored.event_counts().values()) == 6000
             assert problems(restored) == []
+
+
+def test_a_restore_that_was_killed_while_it_compared_is_run_again(
+    filled: BaseStore,
+    target: Callable[[], Database],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filled.save_event(event("passing", T0))
+    filled.delete_session("passing")  # its seq is given to nobody else
+    found = backup(filled, tmp_path / "b")
+    half = target()
+    with monkeypatch.context() as patch:
+        patch.setattr(backup_module, "_compare", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            restore(half.owner(), tmp_path / "b")
+    if half.backend == "mysql":  # where the kill may also have come before this was set
+        half.execute(f"ALTER TABLE {found.contents.sequence} AUTO_INCREMENT = 1")
+    before = everything(half)
+    assert restore(half.owner(), tmp_path / "b") == found
+    assert everything(half) == before
+    with make_store(half.owner_url) as store:
+        assert store.save_event(event("kid", T0 + 20_000))
+        assert store.get_events("kid")[-1].seq == found.contents.next_seq
 
 
 def test_a_restore_that_was_killed_is_run_again(
