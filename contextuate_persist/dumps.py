@@ -265,7 +265,6 @@ class PostgreSQLDumper:
             )
         self._password = str(arguments.get("password") or "")
         self._conninfo = conninfo
-        self._server = server
         self._bindir, self.version = _postgresql_programs(max(_major(server), _major(made_by)))
 
     @contextmanager
@@ -330,7 +329,7 @@ class PostgreSQLDumper:
         with self._run(
             "psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", "-", takes_input=True
         ) as psql:
-            psql.write(b"BEGIN;\n")
+            psql.write(b"BEGIN;\n" + _NO_TIME_LIMIT)
             if load.with_structure:
                 # pg_dump leaves out what belongs to no table.
                 made = [one for one in load.script if _stands_alone(one)]
@@ -348,7 +347,7 @@ class PostgreSQLDumper:
 
     def _feed(self, psql: Program, archive: Iterable[bytes], section: str) -> None:
         """Have pg_restore make SQL of an archive, for psql."""
-        words = ["--no-owner", "--no-privileges", "--file=-", section]
+        words = ["--no-owner", "--no-privileges", "--no-tablespaces", "--file=-", section]
         with self._run("pg_restore", *words, connect=False, takes_input=True) as program:
             failures: list[BaseException] = []
 
@@ -365,7 +364,7 @@ class PostgreSQLDumper:
             try:
                 head = True
                 for data in program.read():
-                    psql.write(_understood(data, _major(self._server)) if head else data)
+                    psql.write(data.replace(_TIME_LIMIT, b"", 1) if head else data)
                     head = False
             except BaseException:
                 program.kill()  # so that nothing is given any more
@@ -377,6 +376,12 @@ class PostgreSQLDumper:
             program.finish()
 
 
+#: Of the first lines of pg_restore, what servers before 17 do not know, and instead of it:
+_TIME_LIMIT = b"SET transaction_timeout = 0;\n"
+_NO_TIME_LIMIT = (
+    b"SELECT pg_catalog.set_config(s.name, '0', FALSE) FROM pg_catalog.pg_settings AS s "
+    b"WHERE s.name = 'transaction_timeout';\n"
+)
 #: The functions are made before the tables that they read.
 _UNCHECKED = "SET check_function_bodies = false"
 _ALONE = re.compile(
@@ -386,11 +391,6 @@ _ALONE = re.compile(
 
 def _stands_alone(statement: str) -> bool:
     return _ALONE.match(statement) is not None
-
-
-def _understood(head: bytes, major: int) -> bytes:
-    """The first lines of pg_restore, without the setting that servers before 17 do not know."""
-    return head if major >= 17 else head.replace(b"SET transaction_timeout = 0;\n", b"", 1)
 
 
 def _postgresql_programs(major: int) -> tuple[Path, str]:
