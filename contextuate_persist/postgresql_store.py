@@ -980,7 +980,8 @@ SELECT
     set_config('statement_timeout', %(statement)s, FALSE),
     set_config('lock_timeout', %(lock)s, FALSE),
     set_config('idle_in_transaction_session_timeout', %(statement)s, FALSE),
-    set_config('default_transaction_isolation', 'read committed', FALSE)
+    set_config('default_transaction_isolation', 'read committed', FALSE),
+    set_config('bytea_output', 'hex', FALSE)
 """
 
 # --- Partitions -----------------------------------------------------------------------------------
@@ -1075,6 +1076,27 @@ BEGIN
         EXECUTE format(
             'GRANT %s ON events_partitioned, event_ids TO %s', given.privilege, given.grantee
         );
+    END LOOP;
+END
+$$
+"""
+
+# Who reads and writes events needs no rights on its partitions; pg_dump reads each by its name.
+GRANT_READING = """
+DO $$
+DECLARE
+    reader TEXT;
+BEGIN
+    FOR reader IN
+        SELECT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(r.rolname) END
+        FROM pg_class AS c
+        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+        LEFT JOIN pg_roles AS r ON r.oid = a.grantee
+        WHERE c.oid = 'events'::regclass
+            AND a.grantee <> c.relowner
+            AND a.privilege_type = 'SELECT'
+    LOOP
+        EXECUTE format('GRANT SELECT ON %I TO %s', {name}, reader);
     END LOOP;
 END
 $$
@@ -3010,6 +3032,7 @@ class PostgreSQLPartitions:
             start=sql.SQL("MINVALUE") if start is None else sql.Literal(start),
             end=sql.SQL("MAXVALUE") if end is None else sql.Literal(end),
         )
+        self._execute(GRANT_READING, name=sql.Literal(name))
 
     def copied(self) -> int:
         return int(self._connection.execute(SELECT_COPIED).fetchall()[0][0])

@@ -433,6 +433,29 @@ def test_the_newest_events_are_planned_once_and_those_of_a_session_by_its_id(
     assert sorted(planned) == [(False, True, False), (True, False, True)]
 
 
+@pytest.mark.only("postgresql")
+def test_who_may_read_events_may_read_each_partition_as_pg_dump_does(plain: Database) -> None:
+    reader, stranger = f"{plain.user}_r", f"{plain.user}_s"
+    for role in (reader, stranger):
+        plain.execute(f"CREATE ROLE {role}")
+    try:
+        plain.execute(f"GRANT SELECT ON sessions, events TO {reader}")
+        owner = plain.owner()
+        owner.partition_events(timeout=60)
+        owner.add_partitions(ahead=5)
+        closed = (
+            "SELECT i.inhrelid::regclass FROM pg_inherits AS i"
+            " WHERE i.inhparent = 'events'::regclass"
+            " AND {} has_table_privilege('{}', i.inhrelid, 'SELECT')"
+        )
+        assert plain.execute(closed.format("NOT", reader)) == []
+        assert plain.execute(closed.format("", stranger)) == []
+    finally:
+        for role in (reader, stranger):
+            plain.execute(f"DROP OWNED BY {role}")
+            plain.execute(f"DROP ROLE {role}")
+
+
 def wait_for_copies(database: Database, running: subprocess.Popen[bytes]) -> None:
     """Until a conversion that runs has copied events."""
     table = {"postgresql": "event_ids", "mysql": "event_ids_new"}[database.backend]
