@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ CONNECTIONS_PROBLEM = 0.95
 GARBAGE_PART = 0.1
 GARBAGE_BYTES = 16 * doctor.MiB
 BACKUP_DAYS = 2.0
+_AHEAD_DAYS = 0.1  # of another machine's clock
 WORSE = 1.25  # a figure of the benchmark, by this factor
 
 _OWNERS = ("statistics", "partitions", "room")  # what only the owner may do, at least on one server
@@ -158,8 +159,20 @@ def _newest_backup(store: BaseStore, tasks: Tasks) -> Path | None:
     names = {*tasks.backups.glob("[!.]*.backup*"), *tasks.backups.glob("[!.]*.age")}
     found = [path for path in names if path.is_file() and not path.name.endswith(SUFFIXES)]
     database = _database(store)
-    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    newest = sorted(found, key=_time_of, reverse=True)
     return next((path for path in newest if _is_of(path, store.backend, database, tasks)), None)
+
+
+def _time_of(path: Path) -> float:
+    """When a backup was made, as far as it can be told from outside: a copy of it may be later."""
+    changed = path.stat().st_mtime
+    named = re.search(r"-(\d{8}T\d{6}Z)\.", path.name)
+    if named is None:
+        return changed
+    with contextlib.suppress(ValueError):  # what is no time
+        moment = datetime.strptime(named[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
+        return min(changed, moment.timestamp())
+    return changed
 
 
 def _database(store: BaseStore) -> str | None:
@@ -199,13 +212,16 @@ def _backup(store: BaseStore, tasks: Tasks) -> Iterator[Finding]:
         advice = "make one: `contextuate-persist backup`"
         message = f"{tasks.backups} has none of this database"
         return iter([Finding("backup", Level.PROBLEM, message, advice)])
-    made = path.stat().st_mtime
+    made = _time_of(path)
     if not (locked := _is_locked(path, tasks)):
         found = verify_backup(path, identity=tasks.identity)
         # The file may be a later copy of itself.
         made = min(made, datetime.fromisoformat(found.made).timestamp())
     age = (time.time() - made) / 86_400
     message = f"{path.name} is {'encrypted' if locked else 'whole'}, and {age:.1f} days old"
+    if age < -_AHEAD_DAYS:
+        advice = "set the clock, or rename it and touch it: it hides what is newer"
+        return _warn("backup", f"{path.name} is dated in the future", advice)
     if age > BACKUP_DAYS:
         return _warn("backup", message, "see why there is no newer one")
     # Every night the same, and meant to be: no reason to warn.
@@ -335,12 +351,15 @@ def _benchmark(_: BaseStore, tasks: Tasks) -> Iterator[Finding]:
         message = f"{tasks.benchmarks} has {len(files)} of the two files that can be compared"
         return _warn("benchmark", message, advice)
     before, after = map(_figures, files[-2:])
+    both = sorted(before.keys() & after.keys())
     worse = [
         f"{name} {before[name]:,.3g} -> {after[name]:,.3g}"
-        for name in sorted(before.keys() & after.keys())
+        for name in both
         if _is_worse(name, before[name], after[name])
     ]
     message = f"{files[-2].name} and {files[-1].name}"
+    if not both:
+        return _warn("benchmark", f"{message} have no figure in common", advice)
     if worse:
         more = f" and {len(worse) - 4} more" if len(worse) > 4 else ""
         message = f"{message}: worse are {', '.join(worse[:4])}{more}"

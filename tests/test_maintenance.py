@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +447,39 @@ def test_a_backup_is_as_old_as_it_says_and_not_as_the_copy_of_its_file(
 
 
 @pytest.mark.usefixtures("tools")
+def test_the_name_of_a_copied_backup_tells_how_old_it_is(store: BaseStore, tmp_path: Path) -> None:
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    public = encryption.new_identity(tmp_path / "key")
+    made = Path(backup.backup(store, directory, recipients=[public]).path)
+    weeks_ago = datetime.now(timezone.utc) - timedelta(days=21)
+    old = re.sub(r"\d{8}T\d{6}Z", f"{weeks_ago:%Y%m%dT%H%M%SZ}", made.name)
+    made.rename(directory / old)
+    (found,) = by_check(maintain(store, "daily", Tasks(backups=directory)))["backup"]
+    assert (found.level, found.message) == (
+        Level.WARNING,
+        f"{old} is encrypted, and 21.0 days old",
+    )
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_backup_of_the_future_is_not_taken_for_a_new_one(
+    store: BaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NextYear(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> NextYear:
+            return super().now(tz) + timedelta(days=365)
+
+    monkeypatch.setattr(backup, "datetime", NextYear)
+    made = Path(backup.backup(store, tmp_path).path)
+    later = time.time() + 365 * 86_400
+    os.utime(made, (later, later))
+    (found,) = by_check(maintain(store, "daily", Tasks(backups=tmp_path)))["backup"]
+    assert (found.level, found.message) == (Level.WARNING, f"{made.name} is dated in the future")
+
+
+@pytest.mark.usefixtures("tools")
 def test_a_backup_that_cannot_be_loaded_is_a_problem(
     store: BaseStore, database: Database, tmp_path: Path
 ) -> None:
@@ -546,6 +579,11 @@ def test_figures_of_two_benchmarks_are_compared(store: BaseStore, tmp_path: Path
     assert "a.json and c.json: worse are mysql: bytes (B) 50 -> 70, mysql: rate (1/s) 90 -> 50" in (
         found.message
     )
+    (tmp_path / "d.json").write_text((tmp_path / "c.json").read_text().replace("mysql", "other"))
+    os.utime(tmp_path / "d.json", (4000, 4000))
+    assert benchmark().level is Level.WARNING
+    assert benchmark().message == "c.json and d.json have no figure in common"
+    (tmp_path / "d.json").unlink()
     (tmp_path / "c.json").write_text("[]")
     os.utime(tmp_path / "c.json", (3000, 3000))
     assert benchmark().level is Level.PROBLEM
