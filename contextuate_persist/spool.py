@@ -178,6 +178,10 @@ class Spool:
             segment.size += len(data)
             self.size += len(data)
             segment.last = self.last = records[-1].number
+            if segment.size >= self._segment_bytes:
+                # Not by the next append only: there may be no room for one until this is removed.
+                with contextlib.suppress(OSError):
+                    self._end_segment()
 
     def read(self, after: int, most_bytes: int, overhead: int = 0) -> list[Record]:
         """Records behind a number, in order, of about so many bytes but at least one; else none.

@@ -273,6 +273,22 @@ def test_after_a_failed_write_the_same_records_go_to_another_file(
     again.close()
 
 
+def test_what_is_done_with_takes_no_room_however_large_it_was(directory: Path) -> None:
+    spool = opened(directory, segment_bytes=100)
+    spool.append(records(1, 1, size=1000))
+    assert spool.size > 1000
+    spool.acknowledge(1)
+    assert (spool.size, segments(directory)) == (0, [])
+    spool.append(records(2, 1))
+    assert everything(spool, after=1) == records(2, 1)
+    spool.close()
+    again = Spool(directory)
+    again.open()
+    assert (again.last, again.acknowledged) == (2, 1)
+    assert everything(again, after=1) == records(2, 1)
+    again.close()
+
+
 def of_two_files(directory: Path) -> Spool:
     """A spool with five records in each."""
     spool = opened(directory, segment_bytes=100)
@@ -685,8 +701,13 @@ def test_files_go_although_the_acknowledgement_cannot_be_written(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", failing(errno.ENOSPC))
         spool.acknowledge(20)
-    assert len(segments(directory)) == 1
+    assert segments(directory) == []
+    spool.append(records(21, 1))
     spool.close()
+    again = Spool(directory)
+    again.open()
+    assert everything(again) == records(21, 1)
+    again.close()
 
 
 def test_a_dead_letter_that_cannot_be_written_leaves_nothing(
