@@ -103,6 +103,8 @@ def _lines(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int]]:
             line = file.readline(_SKIP_BYTES)
             end += len(line)
         yield (b"\n" if too_long and line else line), end
+        if not line.endswith(b"\n"):
+            return  # or the rest of it, written by now, would be taken for a line
 
 
 def _entry(line: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tracemalloc
@@ -33,6 +34,30 @@ def usages(path: Path) -> list[MessageUsage]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "main.jsonl"
+
+
+def test_a_line_that_grows_while_it_is_read_is_read_again_as_a_whole(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = line("msg_1"), line("msg_2")
+    path.write_text(first + second[:50])
+
+    class Growing(io.BufferedReader):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            found = super().readline(size)
+            if not found.endswith(b"\n"):
+                path.write_text(first + second)
+            return found
+
+    def growing(descriptor: int, _: str) -> Growing:
+        return Growing(io.FileIO(descriptor))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transcripts, "open", growing, raising=False)
+        reading = read_usage(path)
+    assert [one.message_id for one in reading.usages] == ["msg_1"]
+    assert reading.offset == len(first)
+    assert [one.message_id for one in read_usage(path, reading.offset).usages] == ["msg_2"]
 
 
 def test_a_message_of_several_lines_counts_once_with_its_largest_counts(path: Path) -> None:
