@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -20,10 +21,11 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from contextuate_persist import (
     AsyncEventWriter,
@@ -51,6 +53,7 @@ from contextuate_persist.spool import spool_state
 from contextuate_persist.transcripts import UsageReading, read_usage
 from contextuate_persist.writer import default_spool
 
+T = TypeVar("T")
 HOME = Path(os.path.expanduser("~/.contextuate/monitor"))
 log = logging.getLogger("monitor_daemon")
 LOOK_SECONDS = 0.1  # between looks into the inbox
@@ -260,16 +263,18 @@ class Monitor:
                 if await self.store.get_session(session_id) != session:
                     self._add(session_id, (state, paths))
                     return None
+            if session is None:  # deleted, and what it was told goes with it
+                return None
             state |= known
             if len(self._states) >= KNOWN_SESSIONS:
                 self._states.clear()  # what is needed again is read again
             self._states[session_id] = state
-            if session and (fields := state.updates(session)):
+            if fields := state.updates(session):
                 await self.store.update_session(session_id, **fields)
             for path in paths:
                 await self._count_tokens(session_id, path)
-        except SessionNotFound:  # deleted, and nothing newer came
-            pass
+        except SessionNotFound:  # deleted just now, and nothing newer came
+            self._states.pop(session_id, None)
         except PASSING as error:
             self._add(session_id, (state, paths))
             return error
@@ -292,21 +297,18 @@ class Monitor:
     async def _count_tokens(self, session_id: str, path: str) -> None:
         if path in self._stuck:
             return
-        begun = False
 
         def read() -> UsageReading | None:
-            nonlocal begun
-            begun = True
             with contextlib.suppress(OSError):  # somebody else's file: no reason to stumble
                 return read_usage(path, self._offsets.get(path, 0))
             return None
 
         try:
-            reading = await asyncio.wait_for(asyncio.to_thread(read), READ_SECONDS)
+            reading = await asyncio.wait_for(_apart(read), READ_SECONDS)
         except asyncio.TimeoutError:
-            if begun:  # its file system does not answer, and a thread waits there for ever
-                self._stuck.add(path)
-                log.warning("%s: no more usage is read: nothing came in time", ascii(path))
+            # Its file system does not answer, and a thread waits there for ever.
+            self._stuck.add(path)
+            log.warning("%s: no more usage is read: nothing came in time", ascii(path))
             return
         if reading is not None:
             await self.store.save_usage(session_id, reading.usages)
@@ -358,6 +360,7 @@ class Monitor:
             await store.update_session(session_id, **fields)
         elif do == "delete":
             await store.delete_session(session_id)
+            self._states.pop(session_id, None)
         else:
             raise ValueError(f"nobody knows how to do {do!r}")
         return {"done": True}
@@ -368,6 +371,21 @@ def _redacted(event: MonitorEvent) -> MonitorEvent:
         return redact(event)
     except Exception as error:  # without its words, which may be the event's
         raise InvalidRecord(f"event: redact failed: {type(error).__name__}") from None
+
+
+async def _apart(work: Callable[[], T]) -> T:
+    """As asyncio.to_thread, in a thread that waits for no other, nor anybody for it at the end."""
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+    outcome.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(outcome)
 
 
 async def _patiently(
