@@ -226,7 +226,9 @@ class Outbox:
 
     def _spills(self) -> bool:
         full = self._front_bytes + self._arrived_bytes > self._half
-        return self._always or self._failing or self._over or self._on_disk > 0 or full
+        # What lies in the spool with a letter comes again after a kill; then what followed, too.
+        held = any(number <= self._spooled for number in self._letters)
+        return self._always or self._failing or self._over or self._on_disk > 0 or full or held
 
     def _front_must_be_kept(self) -> bool:
         if not self._front or self._front[-1].number <= self._spooled:

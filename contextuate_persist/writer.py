@@ -76,9 +76,9 @@ class EventWriter:
     dead` has it tried again or discarded.
 
     What lies in the spool is stored first when the writer opens. Where the process was killed
-    between the database's commit and the note of it in the spool, the last batch comes again: its
-    events still count once, but its sessions are saved and updated again, perhaps after a change
-    of somebody else.
+    between the database's commit and the note of it in the spool, the last batch comes again, and
+    after a power loss what was noted in the half minute before: its events still count once, but
+    its sessions are saved and updated again, perhaps after a change of somebody else.
 
     A deleted session stays deleted: what is stored later is compared with the deletion as if it had
     come at once, by its own time (`PersistenceStore.delete_session`), for as long as deletions are

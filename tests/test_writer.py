@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -973,6 +974,34 @@ def test_letters_that_no_disk_takes_are_told_when_the_writer_closes(
     with pytest.raises(SpoolError, match="1 items are neither stored nor on disk"):
         writer.close(0.1)
     assert (poison.safe, good.safe) == (False, True)
+
+
+def test_what_follows_a_letter_that_only_the_spool_has_comes_again_behind_it(
+    store: BaseStore, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    store.save_session(session("s"))
+    writer = EventWriter(store, spool="on_failure", spool_directory=directory)
+    writer.init()
+    monkeypatch.setattr(writer._dead_letters, "add", fail)
+    with monkeypatch.context() as patch:
+        away(store, patch)
+        writer.put(event(data={"x": float("inf")}))
+        older = writer.update_session("s", label="older")
+        assert older.wait_safe(30)
+    assert older.wait_stored(30)
+    assert writer.update_session("s", label="newer").wait_stored(30)
+    # What a kill leaves.
+    shutil.copytree(directory, tmp_path / "left")
+    with EventWriter(store, spool="on_failure", spool_directory=tmp_path / "left") as again:
+        assert again.flush(60) == 0
+    got = store.get_session("s")
+    assert got is not None
+    assert got.label == "newer"
+    monkeypatch.undo()
+    writer.close()
 
 
 def test_a_letter_that_is_being_written_while_the_writer_closes_is_written_once(
