@@ -46,7 +46,8 @@ _WEIGHED_EVENTS, _WEIGHED_SESSIONS = 2_000, 200
 #: So many times as long as a step took, what deletes for long rests after it. What it deletes comes
 #: from the disk, and every commit behind it waits for that: with PostgreSQL's 18 million events the
 #: p95 of writers rose to 1.7 times with it, to 2.0 with 5, 2.6 with 3 and 3.9 with 1 (steps of
-#: 2,000: 1.8, then 3.3 with 3 and 5.0 with 1). A day's 50,000 events still go within a minute.
+#: 2,000: 1.8, then 3.3 with 3 and 5.0 with 1); to 1.1 since weighing is a part of a step. A day's
+#: 50,000 events still go within a minute.
 REST = 10.0
 # After one large tree writers have long recovered.
 _LONGEST_REST_SECONDS = 60.0
