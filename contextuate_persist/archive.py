@@ -89,8 +89,9 @@ def archive(
     directory prefers. A tree also stays, and the report names it, if another program has written
     into it what no line can carry; the others go.
 
-    May be killed, or told to `stop`, at any moment: nothing is deleted that is not in a whole file,
-    and running it again completes it. `recipients` (`encryption.recipients`) are those whose keys
+    Between its deletions, and before the next file, it rests as `retention.prune` does. May be
+    killed, or told to `stop`, at any moment: nothing is deleted that is not in a whole file, and
+    running it again completes it. `recipients` (`encryption.recipients`) are those whose keys
     open the files. Raises DamagedFile, with nothing of that file deleted, if what is read back is
     not what is in the database; ConfigurationError while another process archives to the same
     directory; OSError for what its disk does not take; and what the store's calls raise.

@@ -314,7 +314,8 @@ def _statements(script: str, backend: str) -> list[str]:
 
 
 def _holds_data(session: schema.SchemaSession) -> bool:
-    return any(session.has_rows(name) for name in _OURS if name in session.read_columns())
+    columns = session.read_columns()
+    return any(session.has_rows(name) for name in _OURS if name in columns)
 
 
 def _recognize(

@@ -242,10 +242,10 @@ def prune(
     """Delete what is due, in transactions of a thousand events; or with `dry_run` nothing.
 
     Between two transactions it rests `rest` times as long as the first took, a minute at most, so
-    that writers come through.
-    May be killed, or told to `stop`, at any moment: what is left, the next pruning does. A tree is
-    spared in which a session, after it was found due, is pinned, gets another end, a later event,
-    another parent or a child, or is deleted. Raises what the store's calls raise.
+    that writers come through. May be killed, or told to `stop`, at any moment: what is left, the
+    next pruning does. A tree is spared in which a session, after it was found due, is pinned, gets
+    another end, a later event, another parent or a child, or is deleted. Raises what the store's
+    calls raise.
     """
     dropped = 0 if dry_run else drop_partitions(store, policy).sessions
     found = plan(store, policy)
