@@ -568,6 +568,15 @@ WHERE session_id IN (%(session_ids)s)
 ORDER BY session_id
 """
 
+LOCK_THERE = """
+SELECT s.session_id
+FROM JSON_TABLE(
+    %(session_ids)s, '$[*]' COLUMNS (session_id VARCHAR(255) COLLATE utf8mb4_0900_bin PATH '$')
+) AS asked
+JOIN sessions AS s ON s.session_id = asked.session_id
+FOR UPDATE OF s
+"""
+
 # Tells a session from another one that was made after it under the same id.
 SELECT_CREATIONS = """
 SELECT s.session_id, s.created_at
@@ -2126,6 +2135,12 @@ class MySQLStore(BaseStore):
     def _delete_rows(self, connection: Any, ids: list[str]) -> None:
         # Asked under the locks: whoever partitions events waits for these.
         if self._sees_partitions(connection):
+            # No foreign key is there: of a session that comes only now, the row would go without
+            # the events that came with it.
+            asked = {"session_ids": records.json_list(ids)}
+            ids = [row[0] for row in _execute(connection, LOCK_THERE, asked)]
+            if not ids:
+                return
             _send(connection, DELETE_IDS_OF_SESSIONS, {"session_ids": ids})
             _send(connection, DELETE_EVENTS_OF_SESSIONS, {"session_ids": ids})
         _send(connection, DELETE_SESSIONS, {"session_ids": ids})

@@ -16,6 +16,7 @@ from contextuate_persist import (
     SessionMeta,
     SessionNotFound,
     base,
+    mysql_store,
 )
 from contextuate_persist.base import BaseStore
 from tests.builders import T0, event, session, usage
@@ -435,6 +436,35 @@ def test_a_child_that_comes_meanwhile_goes_too(
     monkeypatch.setattr(store, "_lock_kin", late)
     assert store.forget(session_id="s") == Forgotten(sessions=2, session_ids=("late", "s"))
     assert store.get_sessions() == []
+
+
+def test_a_session_that_comes_while_it_is_deleted_leaves_no_event_behind(
+    store: BaseStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = event("s", 4 * T0)
+    came: list[bool] = []
+
+    def then_come(name: str, after: bool) -> None:
+        """Have its event stored before, or after, the last look at what is deleted."""
+        original = getattr(mysql_store, name)
+
+        def wrapped(connection: Any, statement: Any, *arguments: Any) -> Any:
+            found = original(connection, statement, *arguments) if after else None
+            if "sessions" in statement and statement in looks and not came:
+                came.append(store.save_event(later))
+            return found if after else original(connection, statement, *arguments)
+
+        monkeypatch.setattr(mysql_store, name, wrapped)
+
+    looks = {mysql_store.DELETE_SESSIONS, mysql_store.LOCK_THERE}
+    then_come("_send", after=False)
+    then_come("_execute", after=True)
+    store.forget(session_id="s")
+    orphans = "SELECT id FROM events WHERE session_id NOT IN (SELECT session_id FROM sessions)"
+    assert database.execute(orphans) == []
+    if store.backend == "mysql" and database.layout == "partitioned":
+        assert came == [True]
+        assert store.get_events("s") == [later]
 
 
 def test_writers_and_who_forgets_do_not_stop_each_other(
