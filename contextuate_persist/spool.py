@@ -391,10 +391,8 @@ class Spool:
 
     def _current(self) -> _Segment:
         """The file to write to; it is never one of an earlier process, whose end may be torn."""
-        if self._writing is not None:
-            segment = self._segments[-1]
-            if segment.size >= self._segment_bytes or segment.keep:
-                self._end_segment()
+        if self._writing is not None and self._segments[-1].keep:
+            self._end_segment()
         if self._writing is None:
             mark = secrets.token_bytes(8)
             first = self.last + 1
